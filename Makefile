@@ -1,0 +1,24 @@
+# `make repro` and `make test` do all the set-up on a machine with Python 3.11, git and make.
+PYTHON ?= python3.11
+# DVC runs the stages with the first `python` on PATH, so the environment has to come first.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+READY := .venv/ready
+
+.PHONY: repro test setup
+repro: setup
+	dvc repro
+	python -m bob where
+
+test: setup
+	ruff check .
+	ruff format --check .
+	mypy
+	pytest
+
+setup: $(READY)
+
+# One stamp: the installation runs again only when what is to be installed has changed.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@

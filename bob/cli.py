@@ -1,0 +1,82 @@
+"""The command line: it validates and dispatches; the work is in the stages' own modules.
+
+Stages are imported when they run, so that `bob --help` does not wait for torch.
+"""
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bob import params
+from bob.errors import BobError
+
+STAGES = {
+    "draw": "Draw the embedded miniature dataset into data/miniature.",
+    "split": "Draw the shots; set validation and test photos aside.",
+    "caption": "Ask the captioner for every shot's background and pose.",
+    "finetune": "Fine-tune the text-to-image model on the shots with LoRA.",
+    "generate": "Generate the synthetic training set.",
+    "classify": "Train classifiers on the real photos, and on real plus synthetic.",
+    "evaluate": "Measure the classifiers' accuracy on test.",
+    "audit": "Measure the synthetic set: context leakage, diversity, fidelity.",
+    "export": "Export the best classifier to ONNX.",
+    "benchmark": "Measure the ONNX model's accuracy, latency and throughput.",
+}
+
+
+class _Group(click.Group):
+    """Prints a BobError as one line, lists commands in the order of the pipeline."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BobError as error:
+            raise click.ClickException(str(error)) from None
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Better fine-grained classifiers from a few real photos per class.
+
+    `dvc repro` runs the stages below in order; each can also be run alone from the project root.
+    """
+
+
+def _add_stage(name: str, help_line: str) -> None:
+    @cli.command(name, help=help_line, short_help=help_line)
+    def run_stage() -> None:
+        stage_params = params.for_stage(name)
+        # Models are local folders: nothing in a stage may reach for a hub, or wait for one.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        importlib.import_module(f"bob.{name}").run(stage_params)
+
+
+for _name, _help_line in STAGES.items():
+    _add_stage(_name, _help_line)
+
+
+@cli.command()
+@click.argument("model", metavar="ID@COMMIT")
+@click.argument("folder", type=click.Path(path_type=Path))
+def fetch(model: str, folder: Path) -> None:
+    """Bring a model from the Hugging Face Hub into FOLDER and track it with DVC.
+
+    COMMIT is the full 40-digit commit of the Hub repository, so that everyone gets the same bytes.
+    """
+    from bob import fetch as fetching
+
+    fetching.fetch(model, folder)
+
+
+@cli.command()
+def where() -> None:
+    """Say where the results are."""
+    from bob import where as summary
+
+    click.echo(summary.summary())

@@ -1,0 +1,39 @@
+"""Where every stage writes, relative to the project root.
+
+None of these paths is built from a parameter: DVC deletes what lies at an output's path before it
+runs the stage, so a path that a user can set could delete the user's own files.
+"""
+
+from pathlib import Path
+
+MINIATURE = Path("data/miniature")
+
+SPLIT = Path("results/split")
+CLASSES = SPLIT / "classes.json"
+TRAIN = SPLIT / "train.jsonl"
+VAL = SPLIT / "val.jsonl"
+TEST = SPLIT / "test.jsonl"
+
+CAPTION = Path("results/caption")
+BANK = CAPTION / "bank.jsonl"
+
+FINETUNE = Path("results/finetune")
+LORA = FINETUNE / "lora"
+
+GENERATE = Path("results/generate")
+GENERATED = GENERATE / "manifest.jsonl"
+
+CLASSIFY = Path("results/classify")
+EVALUATE = Path("results/evaluate")
+AUDIT = Path("results/audit")
+EXPORT = Path("results/export")
+ONNX = EXPORT / "classifier.onnx"
+BENCHMARK = Path("results/benchmark")
+
+ACCURACY_METRICS = Path("metrics/accuracy.json")
+SYNTHETIC_METRICS = Path("metrics/synthetic.json")
+ONNX_METRICS = Path("metrics/onnx.json")
+
+# Where a user's own files of contexts live. One fixed folder, because DVC has to know of it before
+# it knows what `generate.context` says.
+CONTEXTS = Path("data/contexts")
