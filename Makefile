@@ -7,7 +7,11 @@ READY := .venv/ready
 .PHONY: repro test setup
 repro: setup
 	dvc repro
-	python -m bob where
+	@dvc metrics show
+	@echo "Metrics:         metrics/*.json         (dvc metrics show, dvc metrics diff)"
+	@echo "Contact sheets:  results/audit/contact_sheets/   real and generated, side by side"
+	@echo "Plots:           dvc plots show --open"
+	@echo "Classifier:      results/export/classifier.onnx"
 
 test: setup
 	ruff check .

@@ -54,6 +54,7 @@ def _add_stage(name: str, help_line: str) -> None:
         stage_params = params.for_stage(name)
         # Models are local folders: nothing in a stage may reach for a hub, or wait for one.
         os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # stages have their own
         importlib.import_module(f"bob.{name}").run(stage_params)
 
 
@@ -69,14 +70,6 @@ def fetch(model: str, folder: Path) -> None:
 
     COMMIT is the full 40-digit commit of the Hub repository, so that everyone gets the same bytes.
     """
-    from bob import fetch as fetching
+    from bob.fetch import fetch as fetch_model
 
-    fetching.fetch(model, folder)
-
-
-@cli.command()
-def where() -> None:
-    """Say where the results are."""
-    from bob import where as summary
-
-    click.echo(summary.summary())
+    fetch_model(model, folder)

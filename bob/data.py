@@ -1,14 +1,17 @@
 """Photos: a split's manifest of them, and reading one from disk."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, ImageOps
 
 from bob.errors import BobError
 from bob.files import read_json, read_jsonl, write_json, write_jsonl
 from bob.layout import CLASSES
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,4 +77,12 @@ def open_image(path: str | Path) -> Image.Image:
     except FileNotFoundError:
         raise BobError(f"{path} is missing; `dvc checkout` brings tracked files back") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise BobError(f"{path} cannot be read as an image ({error}); replace or remove it") from None
+        raise BobError(
+            f"{path} cannot be read as an image ({error}); replace or remove it"
+        ) from None
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    """Cut `items` into lists of `size`; the last may be shorter."""
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])

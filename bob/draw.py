@@ -16,9 +16,7 @@ import csv
 import itertools
 import math
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +24,7 @@ from PIL import Image, ImageDraw
 
 from bob.errors import BobError
 from bob.files import replacing
+from bob.layout import MINIATURE
 
 DESCRIPTOR = "aircraft"
 BACKGROUNDS = ("clear sky", "cloudy sky", "sunset", "runway", "grass", "ocean")
@@ -81,6 +80,7 @@ class Variant:
 
     @property
     def name(self) -> str:
+        """As it stands in a prompt: "Heron 300"."""
         return f"{self.family} {self.number}"
 
 
@@ -116,12 +116,16 @@ TASK: tuple[Variant, ...] = (
     Variant("Condor", 800, _CONDOR, Parts("low", "none", "conventional", "two pods")),
 )
 
+# fmt: off
 _CORPUS_ONLY_FAMILIES = (
-    "Albatross Avocet Bittern Bunting Bustard Buzzard Cormorant Crane Cuckoo Curlew Dipper Dunlin "
-    "Eagle Egret Falcon Finch Fulmar Gannet Godwit Goshawk Grebe Grouse Harrier Hobby Hoopoe Ibis "
-    "Jackdaw Jay Kite Lapwing Magpie Martin Merlin Oriole Osprey Petrel Plover Puffin Raven Robin "
-    "Shrike Skua Snipe Starling Stork Swift Tern"
-).split()
+    "Albatross", "Avocet", "Bittern", "Bunting", "Bustard", "Buzzard", "Cormorant", "Crane",
+    "Cuckoo", "Curlew", "Dipper", "Dunlin", "Eagle", "Egret", "Falcon", "Finch", "Fulmar",
+    "Gannet", "Godwit", "Goshawk", "Grebe", "Grouse", "Harrier", "Hobby", "Hoopoe", "Ibis",
+    "Jackdaw", "Jay", "Kite", "Lapwing", "Magpie", "Martin", "Merlin", "Oriole", "Osprey",
+    "Petrel", "Plover", "Puffin", "Raven", "Robin", "Shrike", "Skua", "Snipe", "Starling",
+    "Stork", "Swift", "Tern",
+)
+# fmt: on
 _CATALOGUE_SEED = 2510_24078
 _VARIANTS_PER_FAMILY = 4
 _NUMBERS = tuple(range(100, 1000, 100))
@@ -181,10 +185,8 @@ def draw(variant: Variant, background: str, pose: str, index: int, seed: int) ->
     opacity = aircraft[..., 3:]
     light = rng.uniform(0.88, 1.08)
     tint = np.array([1.06, 0.95, 0.88]) if background == "sunset" else np.ones(3)
-    # `reduce` premultiplies nothing, so transparent pixels were left black: colour is already
-    # weighted by its share of the pixel.
-    picture = scene * (1 - opacity) + aircraft[..., :3] * light * tint
-    picture = picture + rng.normal(0, 0.012, (SIZE, SIZE, 1)) + rng.normal(0, 0.008, picture.shape)
+    picture = scene * (1 - opacity) + aircraft[..., :3] * opacity * light * tint
+    picture = picture + rng.normal(0, 0.008, (SIZE, SIZE, 1))
     return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
 
 
@@ -271,8 +273,8 @@ def _grass(rng: np.random.Generator) -> np.ndarray:
     ground = _gradient(
         _jittered((0.45, 0.62, 0.28), rng, 0.06), _jittered((0.22, 0.45, 0.14), rng, 0.06), rows
     )
-    tufts = _smooth_noise(rows, (3, 2), rng) - 0.5
-    ground = ground + tufts * np.array([0.22, 0.26, 0.12])
+    tufts = _smooth_noise(rows, (4, 3), rng) - 0.5
+    ground = ground + tufts * np.array([0.20, 0.24, 0.10])
     return _with_horizon(_jittered((0.66, 0.80, 0.92), rng, 0.06), ground, horizon, rng)
 
 
@@ -299,7 +301,7 @@ _SCENES = {
 }
 
 
-class Livery(NamedTuple):
+class _Livery(NamedTuple):
     fuselage: Color
     wing: Color
     accent: Color  # tail fin, stripe and winglets
@@ -318,7 +320,7 @@ def _scaled(color: Color, factor: float) -> Color:
     return red, green, blue
 
 
-def _livery(rng: np.random.Generator) -> Livery:
+def _livery(rng: np.random.Generator) -> _Livery:
     """Bright fuselage, dark strong accent: parts in the accent colour stand out from the body."""
     hue = rng.random()
     saturation = rng.uniform(0, 0.12) if rng.random() < 0.5 else rng.uniform(0.25, 0.6)
@@ -326,7 +328,7 @@ def _livery(rng: np.random.Generator) -> Livery:
     accent = _hsv((hue + rng.uniform(0.25, 0.75)) % 1, rng.uniform(0.75, 1), rng.uniform(0.4, 0.75))
     wing = _scaled(fuselage, 0.85) if rng.random() < 0.5 else _hsv(0.6, 0.05, rng.uniform(0.6, 0.8))
     engine = _hsv(rng.random(), rng.uniform(0.0, 0.25), rng.uniform(0.28, 0.45))
-    return Livery(fuselage, wing, accent, engine)
+    return _Livery(fuselage, wing, accent, engine)
 
 
 class _Sketch:
@@ -341,7 +343,9 @@ class _Sketch:
         self._canvas = ImageDraw.Draw(self.image)
         sin, cos = math.sin(angle), math.cos(angle)
         # Rotate nose-up by `angle`, mirror to face left, and turn y downwards.
-        self._matrix = SUPERSAMPLING * scale * np.array([[facing * cos, -facing * sin], [-sin, -cos]])
+        self._matrix = (
+            SUPERSAMPLING * scale * np.array([[facing * cos, -facing * sin], [-sin, -cos]])
+        )
         self._offset = SUPERSAMPLING * (SIZE / 2 + np.array(place))
 
     def polygon(self, points: Any, color: Color, outline: float = 0.72) -> None:
@@ -393,14 +397,14 @@ class _Fuselage:
 
 
 def _draw_aircraft(variant: Variant, pose: str, rng: np.random.Generator) -> Image.Image:
-    """The aircraft on a transparent ground: RGBA 64 x 64, colour premultiplied by opacity."""
+    """The aircraft on a transparent ground: RGBA, 64 x 64 pixels."""
     attitude, _, side = pose.split()
     nose_up = {"level": 0.0, "climbing": 21.0, "descending": -21.0}[attitude]
     sketch = _Sketch(
         facing=1 if side == "right" else -1,
         angle=math.radians(nose_up + rng.uniform(-4.5, 4.5)),
-        scale=rng.uniform(0.92, 1.1),
-        place=(rng.uniform(-3.5, 3.5), rng.uniform(-4.5, 3.5)),
+        scale=rng.uniform(0.9, 1.05),
+        place=(rng.uniform(-3, 3), rng.uniform(-4, 4)),
     )
     body, parts, livery = variant.body, variant.parts, _livery(rng)
     fuselage = _Fuselage(body)
@@ -417,11 +421,15 @@ def _draw_aircraft(variant: Variant, pose: str, rng: np.random.Generator) -> Ima
     return sketch.image.reduce(SUPERSAMPLING)
 
 
-def _draw_fuselage(sketch: _Sketch, fuselage: _Fuselage, body: Body, livery: Livery) -> None:
+def _draw_fuselage(sketch: _Sketch, fuselage: _Fuselage, body: Body, livery: _Livery) -> None:
     height = fuselage.half_height
     if body.cabin == "hump":
         sketch.ellipse(
-            fuselage.x_at(0.78), height * 0.72, fuselage.length * 0.30, height * 1.5, livery.fuselage
+            fuselage.x_at(0.78),
+            height * 0.72,
+            fuselage.length * 0.30,
+            height * 1.5,
+            livery.fuselage,
         )
     if body.cabin == "canopy":
         sketch.ellipse(
@@ -441,7 +449,7 @@ def _draw_fuselage(sketch: _Sketch, fuselage: _Fuselage, body: Body, livery: Liv
 
 
 def _draw_fin(
-    sketch: _Sketch, fuselage: _Fuselage, body: Body, parts: Parts, livery: Livery
+    sketch: _Sketch, fuselage: _Fuselage, body: Body, parts: Parts, livery: _Livery
 ) -> None:
     tail, base = fuselage.x_at(0), fuselage.half_height * 0.6
     top = base + 10.5
@@ -460,18 +468,17 @@ def _draw_fin(
     }[body.fin]
     sketch.polygon(fin, livery.accent)
     if parts.tail == "T":
-        middle = {"swept": tail - 2.0, "upright": tail + 2.5, "rounded": tail + 0.5}[body.fin]
+        middle = {"swept": tail - 1.5, "upright": tail + 2.5, "rounded": tail + 1.5}[body.fin]
         stabilizer = [
-            (middle + 6.5, top + 0.8),
-            (middle + 1.0, top - 3.6),
-            (middle - 5.5, top - 3.6),
-            (middle - 4.0, top + 1.8),
-            (middle + 3.0, top + 1.8),
+            (middle + 7.0, top + 1.4),
+            (middle - 2.5, top + 1.4),
+            (middle - 6.5, top - 2.4),
+            (middle + 3.0, top - 2.4),
         ]
         sketch.polygon(stabilizer, livery.wing)
 
 
-def _draw_stabilizer(sketch: _Sketch, fuselage: _Fuselage, livery: Livery) -> None:
+def _draw_stabilizer(sketch: _Sketch, fuselage: _Fuselage, livery: _Livery) -> None:
     tail, root = fuselage.x_at(0), fuselage.half_height * 0.55
     sketch.polygon(
         [
@@ -514,7 +521,7 @@ def _draw_winglet(sketch: _Sketch, x: float, y: float, color: Color) -> None:
 
 
 def _draw_far_wing(
-    sketch: _Sketch, fuselage: _Fuselage, body: Body, parts: Parts, livery: Livery
+    sketch: _Sketch, fuselage: _Fuselage, body: Body, parts: Parts, livery: _Livery
 ) -> None:
     if parts.wing == "low":
         return
@@ -531,13 +538,13 @@ def _draw_far_wing(
 
 
 def _draw_near_wing(
-    sketch: _Sketch, fuselage: _Fuselage, body: Body, parts: Parts, livery: Livery
+    sketch: _Sketch, fuselage: _Fuselage, body: Body, parts: Parts, livery: _Livery
 ) -> None:
     wing = _wing(fuselage, body)
     height = fuselage.half_height
     y, drop = (-0.55 * height, 11.0) if parts.wing == "low" else (0.95 * height, 7.5)
-    for span in {"one pod": (0.5,), "two pods": (0.28, 0.86)}.get(parts.engines, ()):
-        _draw_pod(sketch, wing.edge(span, 1) + 0.6, y - drop * span - 1.6, livery)
+    for span in {"one pod": (0.5,), "two pods": (0.22, 0.88)}.get(parts.engines, ()):
+        _draw_pod(sketch, wing.edge(span, 1) + 1.8, y - drop * span - 1.8, livery)
     sketch.polygon(
         [
             (wing.edge(0, 1), y),
@@ -551,12 +558,79 @@ def _draw_near_wing(
         _draw_winglet(sketch, wing.edge(1, 0.5), y - drop, livery.accent)
 
 
-def _draw_pod(sketch: _Sketch, x: float, y: float, livery: Livery) -> None:
+def _draw_pod(sketch: _Sketch, x: float, y: float, livery: _Livery) -> None:
     sketch.ellipse(x, y, 9.0, 5.0, livery.engine)
     sketch.ellipse(x + 3.2, y, 2.0, 4.2, (225, 225, 230))
 
 
-def _draw_propeller(sketch: _Sketch, fuselage: _Fuselage, livery: Livery) -> None:
+def _draw_propeller(sketch: _Sketch, fuselage: _Fuselage, livery: _Livery) -> None:
     nose, y = fuselage.x_at(1), float(fuselage.centre[-1])
     sketch.ellipse(nose + 1.2, y, 2.4, 17.0, (70, 66, 64))
     sketch.ellipse(nose + 1.5, y, 4.0, 4.0, livery.accent)
+
+
+# --- the dataset --------------------------------------------------------------------------------
+
+# Streams of random pictures that never meet. Only the training pictures follow data.seed: every
+# seed is measured on the same test set. (CORPUS is for bob/miniature.py.)
+VAL_SEED, TEST_SEED, CORPUS_SEED = 1_000_001, 1_000_002, 1_000_003
+
+
+def ties(seed: int) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The two backgrounds and the two poses each task class is tied to in training, by class name.
+
+    The two variants of a family share none of them, and no two classes have the same: what differs
+    most between their training photos is the context, which is the trap the method must avoid.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, len(TASK)]))
+    tied: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+    while not tied or len({frozenset(sum(both, ())) for both in tied.values()}) < len(TASK):
+        for family in dict.fromkeys(variant.family for variant in TASK):
+            backgrounds = [str(b) for b in rng.permutation(BACKGROUNDS)]
+            poses = [str(p) for p in rng.permutation(POSES)]
+            own = [variant for variant in TASK if variant.family == family]
+            for i, variant in enumerate(own):
+                pair = slice(2 * i, 2 * i + 2)
+                tied[variant.name] = (tuple(sorted(backgrounds[pair])), tuple(sorted(poses[pair])))
+    return tied
+
+
+def run(params: Any) -> None:
+    """Draw the miniature dataset into `data/miniature`.
+
+    Reads `data.seed` and `draw.classes` (how many task classes, family by family),
+    `draw.train_per_class` and `draw.per_context` (test images per class in each of the 36
+    contexts; validation has half of it, at least one). Writes
+    `{train,val,test}/<Class_Name>/*.png`, `dataset.yaml` with the descriptor, and `contexts.csv`
+    with the truth about every image.
+    Raises BobError where `draw.classes` is more than there are.
+    """
+    if not 1 <= params.draw.classes <= len(TASK):
+        raise BobError(
+            f"draw.classes: {params.draw.classes} is out of range; there are {len(TASK)} classes"
+        )
+    variants = TASK[: params.draw.classes]
+    tied = ties(params.data.seed)
+    per_context = params.draw.per_context
+    with replacing(MINIATURE) as folder:
+        truth: list[tuple[str, str, str, str]] = []
+        for variant in variants:
+            training = list(itertools.product(*tied[variant.name]))
+            splits = (
+                ("train", training, params.draw.train_per_class, params.data.seed),
+                ("val", CONTEXTS, len(CONTEXTS) * max(1, per_context // 2), VAL_SEED),
+                ("test", CONTEXTS, len(CONTEXTS) * per_context, TEST_SEED),
+            )
+            for split, contexts, count, seed in splits:
+                images = folder / split / variant.name.replace(" ", "_")
+                images.mkdir(parents=True)
+                for index in range(count):
+                    background, pose = contexts[index % len(contexts)]
+                    path = images / f"{index:04d}.png"
+                    draw(variant, background, pose, index, seed).save(path)
+                    truth.append((str(path.relative_to(folder)), variant.name, background, pose))
+        (folder / "dataset.yaml").write_text(f"descriptor: {DESCRIPTOR}\n", encoding="utf-8")
+        with (folder / "contexts.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("path", "class", "background", "pose"))
+            writer.writerows(sorted(truth))

@@ -95,7 +95,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise BobError(f"{path} is missing; `dvc repro` makes it or `dvc pull` fetches it") from None
+        raise BobError(
+            f"{path} is missing; `dvc repro` makes it or `dvc pull` fetches it"
+        ) from None
     except UnicodeDecodeError:
         raise BobError(f"{path}: not UTF-8 text") from None
 

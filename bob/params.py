@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -52,17 +52,15 @@ def load() -> dict[str, Any]:
     Raises BobError with one line: the key's path, what was found, what is allowed, and the nearest
     key where it looks like a typo.
     """
-    values = _read_yaml(PARAMS)
-    error = next(iter(_by_place(Draft202012Validator(schema()).iter_errors(values))), None)
-    if error is not None:
-        raise BobError(f"{PARAMS}: {explain(error)}")
+    values = read_yaml(PARAMS)
+    check(PARAMS, values, schema())
     return values
 
 
 def for_stage(stage: str) -> Params:
     """The validated parameters that `stage` declares in `dvc.yaml`, and no others."""
     values = load()
-    pipeline = _read_yaml(PIPELINE)
+    pipeline = read_yaml(PIPELINE)
     selected: dict[str, Any] = {}
     for key in pipeline["stages"][stage].get("params", []):
         source, target = values, selected
@@ -73,22 +71,36 @@ def for_stage(stage: str) -> Params:
     return Params(selected, stage)
 
 
-def explain(error: ValidationError) -> str:
-    """One line for one schema error."""
-    path = ".".join(str(part) for part in error.absolute_path)
+def check(path: Path, values: Any, rules: Mapping[str, Any]) -> None:
+    """Check the content of the file at `path` against a JSON schema; raises BobError."""
+    errors = list(Draft202012Validator(rules).iter_errors(values))
+    if errors:
+        # A misspelt key is also a missing one; the misspelling is what the user wants to hear of.
+        first = min(errors, key=lambda error: (error.validator == "required", error.json_path))
+        raise BobError(f"{path}: {_explain(first)}")
+
+
+def _explain(error: ValidationError) -> str:
+    # Typed loosely by jsonschema, for which `true` is a schema too.
+    rule: Mapping[str, Any] = error.schema  # type: ignore[assignment]
+    instance: Any = error.instance
+    path = [str(part) for part in error.absolute_path]
     if error.validator == "additionalProperties":
-        known = list(error.schema["properties"])
-        unknown = next(key for key in error.instance if key not in known)
-        near = difflib.get_close_matches(str(unknown), known, n=1)
-        prefix = f"{path}." if path else ""
-        hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"{prefix}{unknown} is not a parameter; {hint}"
+        known = list(rule["properties"])
+        unknown = next(str(key) for key in instance if key not in known)
+        near = difflib.get_close_matches(unknown, known, n=1)
+        hint = (
+            f"did you mean {'.'.join([*path, near[0]])}?"
+            if near
+            else f"known here: {', '.join(known)}"
+        )
+        return f"{'.'.join([*path, unknown])} is not a known key; {hint}"
     if error.validator == "required":
-        missing = next(key for key in error.validator_value if key not in error.instance)
-        allowed = allowed_values(error.schema["properties"][missing])
-        return f"{path + '.' if path else ''}{missing} is missing; allowed: {allowed}"
-    found = json.dumps(error.instance, ensure_ascii=False, default=str)
-    return f"{path} is {found}; allowed: {allowed_values(error.schema)}"
+        missing = next(key for key in rule["required"] if key not in instance)
+        allowed = _allowed(rule["properties"][missing])
+        return f"{'.'.join([*path, missing])} is missing; allowed: {allowed}"
+    found = json.dumps(instance, ensure_ascii=False, default=str)
+    return f"{'.'.join(path) or 'the content'} is {found}; allowed: {_allowed(rule)}"
 
 
 _TYPES = {
@@ -100,10 +112,10 @@ _TYPES = {
 }
 
 
-def allowed_values(rule: Mapping[str, Any]) -> str:
+def _allowed(rule: Mapping[str, Any]) -> str:
     """Plain words for what a schema rule allows."""
     if "anyOf" in rule:
-        return " or ".join(allowed_values(option) for option in rule["anyOf"])
+        return " or ".join(_allowed(option) for option in rule["anyOf"])
     if "enum" in rule:
         return ", ".join(map(str, rule["enum"]))
     if "const" in rule:
@@ -112,7 +124,7 @@ def allowed_values(rule: Mapping[str, Any]) -> str:
         return rule.get("description", f"text like {rule['pattern']}")
     words = _TYPES[rule["type"]]
     if rule["type"] == "array":
-        return f"{words} of at least {rule.get('minItems', 0)} of: {allowed_values(rule['items'])}"
+        return f"{words} of at least {rule.get('minItems', 0)} of: {_allowed(rule['items'])}"
     if "minimum" in rule:
         words += f" from {rule['minimum']}"
     if "exclusiveMinimum" in rule:
@@ -124,21 +136,13 @@ def allowed_values(rule: Mapping[str, Any]) -> str:
     return words
 
 
-def _by_place(errors: Iterator[ValidationError]) -> list[ValidationError]:
-    # A misspelt key is also a missing one; the misspelling is what the user wants to hear about.
-    return sorted(errors, key=lambda error: (error.validator == "required", str(error.json_path)))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    # The parser DVC uses: YAML 1.2, where 1e-4 is a number (PyYAML makes it text).
+def read_yaml(path: Path) -> Any:
+    """Read a YAML 1.2 file with DVC's own parser: 1e-4 is a number (for PyYAML it is text)."""
     try:
-        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BobError(
             f"{path} is not in {Path.cwd()}; run from the folder that holds dvc.yaml"
         ) from None
     except YAMLError as error:
         raise BobError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise BobError(f"{path}: sections of parameters were expected, found {values!r}")
-    return values

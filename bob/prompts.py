@@ -81,7 +81,7 @@ def read_contexts(path: Path) -> list[Context]:
         values = [row.get("background"), row.get("pose")]
         if not all(isinstance(value, str) and value.strip() for value in values):
             raise BobError(
-                f"{path}, line {number}: a context needs the texts \"background\" and \"pose\", "
+                f'{path}, line {number}: a context needs the texts "background" and "pose", '
                 f"found {row}"
             )
         contexts.append(Context(*(value.strip() for value in values)))  # type: ignore[union-attr]
@@ -115,4 +115,3 @@ def drawn_from(source: str, bank: Sequence[Entry], class_name: str) -> list[Cont
             "another caption.model, or generate.context: none"
         )
     return pool
-

@@ -1,0 +1,259 @@
+"""Classifiers: a timm network, the preprocessing it wants, and its files on disk.
+
+A backbone is a folder as timm writes it (`config.json`, `model.safetensors`). A trained classifier
+needs that folder no more: `Trained` has all that rebuilds the network, and its weights lie beside.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import get_model_args
+from torch import Tensor, nn
+
+from bob.data import open_image
+from bob.errors import BobError
+from bob.files import read_json, write_json
+from bob.layout import CLASSIFY
+
+REAL_ONLY = "real_only"
+REAL_AND_SYNTHETIC = "real_and_synthetic"
+VARIANTS = (REAL_ONLY, REAL_AND_SYNTHETIC)
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a network's input: what timm's data config says of the backbone."""
+
+    size: tuple[int, int]
+    """Height and width of the input, in pixels."""
+    mean: tuple[float, ...]
+    """Per channel (red, green, blue), of values from 0 to 1."""
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    """The input's share of the resized image's side."""
+    crop_mode: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Preprocessing":
+        """What a timm model was trained with."""
+        config = resolve_model_data_config(model)
+        return cls(
+            size=tuple(config["input_size"][1:]),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+        )
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Preprocessing":
+        """The inverse of `dataclasses.asdict`, from JSON, where tuples have become lists."""
+        tuples: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
+        }
+        return cls(**tuples)
+
+
+def read_pixels(path: str | Path, preprocessing: Preprocessing) -> Tensor:
+    """Decode, resize and crop one image as timm does in evaluation: uint8 [3, height, width].
+
+    Raises BobError naming a file that is missing or no image.
+    """
+    transform = create_transform(
+        input_size=(3, *preprocessing.size),
+        is_training=False,
+        use_prefetcher=True,  # timm's word for: give uint8, normalisation comes later
+        interpolation=preprocessing.interpolation,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+    )
+    return transform(open_image(path))
+
+
+def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Pixels as a network wants them: uint8 [N, 3, H, W] to float32 of the same shape."""
+    mean = torch.tensor(preprocessing.mean, device=pixels.device).view(1, -1, 1, 1)
+    std = torch.tensor(preprocessing.std, device=pixels.device).view(1, -1, 1, 1)
+    return (pixels.float() / 255 - mean) / std
+
+
+def read_inputs(
+    paths: Sequence[str | Path], preprocessing: Preprocessing, batch_size: int = 64
+) -> Iterator[Tensor]:
+    """Network inputs of the images, in order and in batches: float32 [<= batch_size, 3, H, W]."""
+    for start in range(0, len(paths), batch_size):
+        batch = [read_pixels(path, preprocessing) for path in paths[start : start + batch_size]]
+        yield normalise(torch.stack(batch), preprocessing)
+
+
+# --- networks -----------------------------------------------------------------------------------
+
+
+def load_backbone(folder: str | Path, num_classes: int) -> nn.Module:
+    """The pretrained timm network in `folder` with a new head for `num_classes`.
+
+    The head's weights come from torch's global random generator. With `num_classes=0` there is no
+    head and the network gives its pooled features, [N, D].
+
+    Raises BobError naming the folder where it is no timm folder or its weights do not fit.
+    """
+    folder = Path(folder)
+    missing = [n for n in ("config.json", "model.safetensors") if not (folder / n).is_file()]
+    if missing:
+        raise BobError(
+            f"{folder} is not a timm model folder: {' and '.join(missing)} missing; "
+            "`bob fetch ID@COMMIT` brings one from the Hub, timm.models.save_for_hf writes one"
+        )
+    try:
+        # With the folder's own number of classes, because timm checks the weights against the
+        # network only then; a folder with another network's weights would otherwise load silently.
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        model.reset_classifier(num_classes)
+        if resolve_model_data_config(model)["input_size"][0] != 3:
+            raise ValueError("its input is not an RGB image")
+    except (
+        *(KeyError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError),
+        *(OSError, SafetensorError),
+    ) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BobError(
+            f"{folder} cannot be loaded as a timm model ({' '.join(map(str.strip, reason[:2]))}); "
+            "its config.json and model.safetensors must belong to one network of this timm"
+        ) from None
+    return model
+
+
+def describe_network(model: nn.Module) -> dict[str, Any]:
+    """What `build_network` needs to make this timm network again without its folder, as JSON."""
+    forgotten = (
+        *("architecture", "file", "source", "hf_hub_id", "url", "state_dict"),  # where it was
+        *("label_names", "label_descriptions"),  # of a head that is gone
+    )
+    config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    return {
+        "architecture": config["architecture"],
+        "model_args": get_model_args(model),
+        "pretrained_cfg": {
+            key: value
+            for key, value in config.items()
+            if value is not None and key not in forgotten
+        },
+    }
+
+
+def build_network(description: dict[str, Any]) -> nn.Module:
+    """A network with random weights from what `describe_network` gave."""
+    return timm.create_model(
+        description["architecture"],
+        pretrained=False,
+        pretrained_cfg=dict(description["pretrained_cfg"]),
+        **description["model_args"],
+    )
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, inputs: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Logits of a model in evaluation mode, full precision: float32 [N, classes], on the CPU."""
+    model.eval().to(device).to(memory_format=torch.channels_last)  # the faster convolutions
+    return torch.cat([model(batch.to(device)).cpu() for batch in inputs])
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Everything about the classifiers of one run of `classify` but their weights."""
+
+    descriptor: str
+    classes: tuple[str, ...]
+    """In the order of the logits."""
+    network: dict[str, Any]
+    preprocessing: Preprocessing
+    seeds: tuple[int, ...]
+    validation: dict[str, dict[str, dict[str, float | int | None]]]
+    """By variant, then by seed (as text, JSON's keys): the epoch kept, its top1 in percent and its
+    loss; the latter two are None where there is no validation photo."""
+
+    def best_seed(self, variant: str) -> int:
+        """The seed best on validation: by top-1, then by loss, then the first one listed."""
+
+        def goodness(seed: int) -> tuple[float, float]:
+            result = self.validation[variant][str(seed)]
+            top1, loss = result["top1"], result["loss"]
+            return (0.0, 0.0) if top1 is None or loss is None else (top1, -loss)
+
+        return max(self.seeds, key=goodness)
+
+
+def write_trained(folder: Path, trained: Trained) -> None:
+    """Write `classifier.json`."""
+    best = {variant: trained.best_seed(variant) for variant in trained.validation}
+    write_json(folder / "classifier.json", {**asdict(trained), "best_seed": best})
+
+
+def read_trained(folder: Path = CLASSIFY) -> Trained:
+    """Read `classifier.json`; raises BobError naming the file where it is missing or malformed."""
+    path = folder / "classifier.json"
+    value = read_json(path)
+    try:
+        value.pop("best_seed")
+        trained = Trained(**value)
+        return replace(
+            trained,
+            classes=tuple(trained.classes),
+            seeds=tuple(trained.seeds),
+            preprocessing=Preprocessing.from_json(value["preprocessing"]),
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise BobError(
+            f"{path}: not what `bob classify` writes ({error}); `dvc repro classify` makes it anew"
+        ) from None
+
+
+def weights_path(folder: Path, variant: str, seed: int) -> Path:
+    """Where the weights of one classifier lie."""
+    return folder / variant / f"seed-{seed}.safetensors"
+
+
+def write_weights(
+    folder: Path, variant: str, seed: int, weights: dict[str, Tensor], description: dict[str, Any]
+) -> None:
+    """Write one classifier's weights."""
+    path = weights_path(folder, variant, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One metadata key at most: safetensors writes several in an order that changes by process.
+    metadata = {"architecture": json.dumps(description["architecture"])}
+    save_file({k: v.contiguous() for k, v in weights.items()}, path, metadata=metadata)
+
+
+def load_classifier(
+    trained: Trained, variant: str, seed: int, folder: Path = CLASSIFY
+) -> nn.Module:
+    """One trained classifier in evaluation mode, on the CPU.
+
+    Raises BobError naming a weights file that is missing or does not fit.
+    """
+    path = weights_path(folder, variant, seed)
+    model = build_network(trained.network)
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BobError(
+            f"{path} cannot be loaded ({reason}); `dvc repro classify` makes it anew"
+        ) from None
+    return model.eval()

@@ -1,0 +1,71 @@
+"""`bob fetch`: a model from the Hugging Face Hub, at a pinned commit, tracked by DVC."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from bob.errors import BobError
+from bob.files import replacing
+
+_MODEL = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<commit>[0-9a-f]{40})")
+# Configuration, tokenizers and weights; no pickles, which run code when they are loaded.
+_WANTED = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "*LICENSE*", "*.safetensors"]
+# Second copies of the same weights, gigabytes each.
+_UNWANTED = ["*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors"]
+
+
+def fetch(model: str, folder: Path) -> None:
+    """Download `model` ("ID@COMMIT") into `folder` ("models/<name>") and `dvc add` it.
+
+    Raises BobError where the commit is not a full one, the folder is taken or not in models/, the
+    Hub does not give the files, or the model has no safetensors weights.
+    """
+    match = _MODEL.fullmatch(model)
+    if match is None:
+        raise BobError(
+            f"{model!r} is not ID@COMMIT with a full 40-digit commit, such as "
+            f"org/name@{'0123456789' * 4}; the model's page on the Hub lists its commits"
+        )
+    if folder.parent != Path("models"):
+        raise BobError(f"{folder}: models live in models/<name>, which is what params.yaml names")
+    if folder.exists():
+        raise BobError(f"{folder} exists; remove it, or fetch under another name")
+
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repository, commit = match["id"], match["commit"]
+    try:
+        files = HfApi().list_repo_files(repository, revision=commit)
+        if not any(name.endswith(".safetensors") for name in files):
+            raise BobError(f"{model} has no safetensors weights; pickled weights are not loaded")
+        unwanted = list(_UNWANTED)
+        if "model_index.json" in files:
+            # A pipeline has its weights in its parts' folders; beside them lie single-file copies.
+            unwanted += [name for name in files if re.fullmatch(r"[^/]+\.safetensors", name)]
+        with replacing(folder) as draft:
+            snapshot_download(
+                repository,
+                revision=commit,
+                local_dir=draft,
+                allow_patterns=_WANTED,
+                ignore_patterns=unwanted,
+            )
+            shutil.rmtree(draft / ".cache", ignore_errors=True)  # the Hub client's notes
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BobError(f"{model} could not be fetched: {reason}") from None
+
+    track = subprocess.run(
+        [sys.executable, "-m", "dvc", "add", "--quiet", str(folder)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if track.returncode:
+        raise BobError(
+            f"{folder} is there, but `dvc add {folder}` failed: {' '.join(track.stderr.split())}"
+        )
+    print(f"fetched {folder}; for queued experiments: git add {folder}.dvc models/.gitignore")

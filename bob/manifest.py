@@ -1,0 +1,58 @@
+"""The manifest of the generated set: what was asked for, image by image."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bob.errors import BobError
+from bob.files import read_jsonl, write_jsonl
+from bob.layout import GENERATED
+from bob.prompts import Context
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generated image."""
+
+    class_name: str
+    context: Context | None
+    prompt: str
+    seed: int
+    """Of the initial noise."""
+    file: str
+    """Relative to the manifest's folder."""
+
+
+def write_manifest(path: Path, images: Iterable[Generated]) -> None:
+    """Write the manifest, one image a line."""
+    write_jsonl(
+        path,
+        (
+            {
+                "class": image.class_name,
+                "background": image.context.background if image.context else None,
+                "pose": image.context.pose if image.context else None,
+                "prompt": image.prompt,
+                "seed": image.seed,
+                "file": image.file,
+            }
+            for image in images
+        ),
+    )
+
+
+def read_manifest(path: Path = GENERATED) -> list[Generated]:
+    """Read the manifest; an empty one is a generated set without images."""
+    try:
+        return [
+            Generated(
+                row["class"],
+                None if row["background"] is None else Context(row["background"], row["pose"]),
+                row["prompt"],
+                row["seed"],
+                row["file"],
+            )
+            for row in read_jsonl(path)
+        ]
+    except KeyError as error:
+        raise BobError(f"{path}: an image has no {error}; `dvc repro generate` makes it") from None

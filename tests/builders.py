@@ -1,0 +1,123 @@
+"""Small random models in the formats of the real ones, and small photos, for tests to run on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+def build_text_to_image(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """A Stable Diffusion with AutoencoderKL, 16 px, in the layout of the Hub's own folders."""
+    torch.manual_seed(0)
+    tokenizer = build_clip_tokenizer(folder.parent / f"{folder.name}-tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        norm_num_groups=8,
+        latent_channels=4,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            steps_offset=1,
+            prediction_type=prediction_type,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def build_clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A byte-level BPE tokenizer in CLIP's two files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trained.train_from_iterator(
+        ["a bird photo of a wren in the green leaves background with the perched pose"],
+        trainers.BpeTrainer(
+            vocab_size=600,
+            initial_alphabet=alphabet,
+            special_tokens=["<|startoftext|>", "<|endoftext|>"],
+            end_of_word_suffix="</w>",
+        ),
+    )
+    state = json.loads(trained.to_str())["model"]
+    vocabulary = dict(state["vocab"])
+    for letter in alphabet:
+        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in state["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def build_backbone(folder: Path, classes: int = 4) -> Path:
+    """A timm network of 0.4 M parameters for 32 px, in timm's folder layout."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_efficientnet", num_classes=classes)
+    timm.models.save_for_hf(
+        network,
+        folder,
+        model_config={"pretrained_cfg": {**network.pretrained_cfg, "input_size": (3, 32, 32)}},
+        safe_serialization=True,
+    )
+    return folder
+
+
+def build_photos(folder: Path, classes: dict[str, int], size: tuple[int, int] = (40, 30)) -> Path:
+    """Class folders of JPEG noise in a colour of the class: every file another content."""
+    for number, (name, count) in enumerate(classes.items()):
+        random = np.random.default_rng(number)
+        colour = random.integers(64, 192, 3)
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = colour + random.integers(-60, 60, (size[1], size[0], 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index:03d}.jpg")
+    return folder

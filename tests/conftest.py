@@ -1,0 +1,22 @@
+"""Shared by all tests: one thread, no network, and a project folder to work in."""
+
+import os
+
+# Small networks gain nothing from a second thread, and with other processes beside them two
+# threads that wait for each other make the suite ten times slower. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """An empty folder as the current directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,305 @@
+"""Stage `classify`: the loss, the two variants, model selection, files."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from bob import classifiers, classify, layout
+from bob.classifiers import Preprocessing, load_backbone, load_classifier, read_trained
+from bob.classify import Recipe, learning_rate, mixed, weighted_loss
+from bob.errors import BobError
+from bob.files import read_jsonl, write_jsonl
+from tests.tiny_project import (
+    RECIPE,
+    add_generated,
+    classify_params,
+    make_project,
+    tree,
+)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return make_project(tmp_path)
+
+
+def recipe(**changes: object) -> Recipe:
+    values = {k: v for k, v in RECIPE.items() if k not in ("backbone", "seeds")}
+    return Recipe(**{**values, **changes})
+
+
+# --- the loss, the mixing, the schedule ---------------------------------------------------------
+
+
+def test_the_loss_weighs_the_mean_over_real_against_the_mean_over_synthetic() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.1, 0.9]]))
+    targets = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    real = -math.log(0.5)
+    synthetic = (-0.5 * math.log(0.25) - 0.5 * math.log(0.75) - math.log(0.9)) / 2
+    loss = weighted_loss(logits, targets, real=1, real_weight=0.8)
+    assert loss.item() == pytest.approx(0.8 * real + 0.2 * synthetic, rel=1e-6)
+
+
+def test_without_synthetic_images_the_loss_is_that_of_real_whatever_the_weight() -> None:
+    logits, targets = torch.randn(3, 4), F.one_hot(torch.tensor([0, 1, 3]), 4).float()
+    expected = F.cross_entropy(logits, targets)
+    assert torch.equal(weighted_loss(logits, targets, 3, real_weight=0.1), expected)
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "mixup"])
+def test_mixing_keeps_every_label_mass_at_one_and_the_share_true_to_the_pixels(mix: str) -> None:
+    # Image i is all i, so a pixel tells which image it came from.
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16)
+    targets = torch.eye(4)
+    for seed in range(20):
+        random = torch.Generator().manual_seed(seed)
+        result, soft = mixed(images, targets, recipe(mix=mix, mix_probability=1.0), random)
+        assert torch.allclose(soft.sum(1), torch.ones(4))
+        assert torch.allclose(soft @ torch.arange(4.0), result.mean((1, 2, 3)), atol=1e-5)
+    assert torch.equal(images[:, 0, 0, 0], torch.arange(4.0)), "the batch itself was altered"
+
+
+def test_a_mix_probability_of_zero_or_no_mix_leaves_a_batch_alone() -> None:
+    images, targets = torch.randn(4, 3, 8, 8), torch.eye(4)
+    for settings in ({"mix_probability": 0.0}, {"mix": "none", "mix_probability": 1.0}):
+        result = mixed(images, targets, recipe(**settings), torch.Generator().manual_seed(0))
+        assert torch.equal(result[0], images)
+        assert torch.equal(result[1], targets)
+
+
+def test_the_learning_rate_rises_linearly_then_falls_as_a_cosine_to_almost_nothing() -> None:
+    rates = [learning_rate(step, 1010, 10, 1.0) for step in range(1010)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1.0
+    assert rates[510] == pytest.approx(0.5, abs=1e-6)
+    assert 1e-8 < rates[-1] < 1e-5
+
+
+# --- the stage ----------------------------------------------------------------------------------
+
+
+def test_the_same_inputs_give_the_same_bytes_and_no_path_of_this_machine(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    classify.run(classify_params())
+    first = tree(layout.CLASSIFY)
+    classify.run(classify_params())
+    assert tree(layout.CLASSIFY) == first
+    assert not [name for name, content in first.items() if str(project).encode() in content]
+    assert {"classifier.json", "real_only/seed-0.safetensors"} < set(first)
+    last_line = capfd.readouterr().out.splitlines()[-1]
+    assert last_line.startswith("classify: top-1 on validation, 2 seeds: real_only ")
+
+
+def test_real_only_is_bit_identical_whatever_the_synthetic_set(project: Path) -> None:
+    def trained_on(generated: int, first_seed: int) -> dict[str, bytes]:
+        add_generated(project, generated, first_seed)
+        classify.run(classify_params(epochs=2))
+        return {k: v for k, v in tree(layout.CLASSIFY).items() if "seed-" in k}
+
+    one, other = trained_on(2, 900), trained_on(5, 2000)
+    for name in one:
+        same = one[name] == other[name]
+        assert same == ("real_only" in name) or name.endswith("val_top1.tsv"), name
+
+
+def test_a_classifier_is_rebuilt_without_its_backbone_and_performs_as_recorded(
+    project: Path,
+) -> None:
+    classify.run(classify_params())
+    for file in (project / "models/tiny").iterdir():
+        file.unlink()
+    trained = read_trained()
+    photos = classify.read_photos(layout.VAL)
+    validation = classify.Validation.read(photos, classify.read_task(), trained.preprocessing)
+    for variant in classifiers.VARIANTS:
+        for seed in trained.seeds:
+            model = load_classifier(trained, variant, seed)
+            top1, loss = validation.measure(model, torch.device("cpu"))
+            assert top1 == trained.validation[variant][str(seed)]["top1"]
+            assert loss == pytest.approx(trained.validation[variant][str(seed)]["loss"], rel=1e-5)
+
+
+def test_training_learns_the_task(project: Path) -> None:
+    make_project(project, train=8, val=10, generated=8)
+    classify.run(classify_params(epochs=12, mix_probability=0.2, batch_size=8, seeds=[0]))
+    trained = read_trained()
+    for variant in classifiers.VARIANTS:
+        assert (trained.validation[variant]["0"]["top1"] or 0) > 80  # chance is 33
+
+
+def test_with_an_empty_synthetic_set_both_variants_are_the_same(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(layout.GENERATED, [])
+    classify.run(classify_params(epochs=1, seeds=[3]))
+    files = tree(layout.CLASSIFY)
+    assert files["real_only/seed-3.safetensors"] == files["real_and_synthetic/seed-3.safetensors"]
+    assert "no synthetic images: real_and_synthetic is real_only" in capfd.readouterr().out
+
+
+def test_without_validation_the_last_epoch_is_kept_and_said(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(layout.VAL, [])
+    classify.run(classify_params(epochs=2))
+    trained = read_trained()
+    assert trained.validation["real_only"]["0"] == {"epoch": 1, "top1": None, "loss": None}
+    assert trained.best_seed("real_only") == 0
+    assert "the last epoch of every run is kept" in capfd.readouterr().out
+
+
+def test_the_best_seed_has_the_best_top1_then_the_lower_loss_then_comes_first(
+    project: Path,
+) -> None:
+    def best(*results: tuple[float | None, float | None]) -> int:
+        validation = {
+            str(seed): {"epoch": 0, "top1": top1, "loss": loss}
+            for seed, (top1, loss) in enumerate(results)
+        }
+        preprocessing = Preprocessing((8, 8), (0.5,), (0.5,), "bicubic", 1.0, "center")
+        seeds = tuple(range(len(results)))
+        return classifiers.Trained(
+            "shape", ("a", "b"), {}, preprocessing, seeds, {"real_only": validation}
+        ).best_seed("real_only")
+
+    assert best((50.0, 0.1), (60.0, 0.9)) == 1
+    assert best((60.0, 0.9), (60.0, 0.1)) == 1
+    assert best((60.0, 0.1), (60.0, 0.1)) == 0
+    assert best((None, None), (None, None)) == 0
+
+
+def test_learning_curves_have_a_row_per_epoch_and_a_mean_over_seeds(project: Path) -> None:
+    classify.run(classify_params(epochs=3))
+    folder = layout.CLASSIFY / "curves/plots/metrics/real_only"
+    columns = []
+    for name in ("seed-0/train_loss", "seed-1/train_loss", "train_loss"):
+        header, *rows = (folder / f"{name}.tsv").read_text().splitlines()
+        assert header == "step\ttrain_loss"
+        assert [row.split("\t")[0] for row in rows] == ["0", "1", "2"]
+        columns.append([float(row.split("\t")[1]) for row in rows])
+    assert columns[2] == pytest.approx([(a + b) / 2 for a, b in zip(*columns[:2], strict=True)])
+    assert (folder / "val_top1.tsv").exists()
+
+
+def test_long_runs_are_validated_twenty_times_and_at_the_end(project: Path) -> None:
+    write_jsonl(layout.GENERATED, [])
+    classify.run(classify_params(epochs=41, seeds=[0]))
+    file = layout.CLASSIFY / "curves/plots/metrics/real_only/seed-0/val_top1.tsv"
+    steps = [int(line.split("\t")[0]) for line in file.read_text().splitlines()[1:]]
+    assert steps == [*range(2, 41, 3), 40]
+
+
+def test_images_beyond_the_memory_limit_are_read_again_to_the_same_result(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classify.run(classify_params(epochs=2, seeds=[0]))
+    kept = tree(layout.CLASSIFY)
+    monkeypatch.setattr(classify, "KEPT_BYTES", 10_000)  # two images
+    classify.run(classify_params(epochs=2, seeds=[0]))
+    assert tree(layout.CLASSIFY) == kept
+
+
+def test_a_backbone_keeps_its_batch_statistics_in_training(project: Path) -> None:
+    before = timm.create_model("local-dir:models/tiny", pretrained=True).state_dict()
+    classify.run(classify_params(epochs=2, seeds=[0]))
+    trained = read_trained()
+    after = load_classifier(trained, "real_and_synthetic", 0).state_dict()
+    for name in before:
+        if "running" in name:
+            assert torch.equal(before[name], after[name])
+    assert not torch.equal(before["conv_stem.weight"], after["conv_stem.weight"])
+
+
+def test_a_vision_transformer_with_its_own_input_size_trains_and_is_rebuilt(project: Path) -> None:
+    model = timm.create_model("test_vit", img_size=48)
+    timm.models.save_for_hf(
+        model,
+        "models/vit",
+        safe_serialization=True,
+        data_config={"input_size": (3, 48, 48)},
+    )
+    classify.run(classify_params(backbone="models/vit", epochs=1, seeds=[0]))
+    trained = read_trained()
+    assert trained.preprocessing.size == (48, 48)
+    load_classifier(trained, "real_only", 0)
+
+
+# --- what users get wrong -----------------------------------------------------------------------
+
+
+def test_a_backbone_with_as_many_classes_as_the_task_still_gets_a_new_head(project: Path) -> None:
+    timm.models.save_for_hf(
+        timm.create_model("test_efficientnet", num_classes=3),
+        "models/three",
+        safe_serialization=True,
+    )
+    torch.manual_seed(0)
+    one = load_backbone("models/three", 3)
+    torch.manual_seed(1)
+    other = load_backbone("models/three", 3)
+    assert not torch.equal(
+        one.state_dict()["classifier.weight"], other.state_dict()["classifier.weight"]
+    )
+    assert load_backbone("models/three", 0)(torch.zeros(2, 3, 32, 32)).ndim == 2
+
+
+def test_a_broken_backbone_folder_is_one_line_that_names_it(project: Path) -> None:
+    folder = project / "models/tiny"
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole, settings = weights.read_bytes(), config.read_text()
+
+    def message() -> str:
+        with pytest.raises(BobError) as error:
+            load_backbone("models/tiny", 3)
+        assert "models/tiny" in str(error.value)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be loaded" in message()
+    save_file({"other": torch.zeros(2)}, weights)  # another network's weights
+    assert "cannot be loaded" in message()
+    weights.write_bytes(whole)
+    config.write_text("{")
+    assert "cannot be loaded" in message()
+    config.write_text(json.dumps({**json.loads(settings), "architecture": "no_such_network"}))
+    assert "no_such_network" in message()
+    weights.unlink()
+    assert "model.safetensors missing" in message()
+    config.unlink()
+    assert "config.json and model.safetensors missing" in message()
+
+
+def test_a_failed_run_leaves_the_old_output_whole(project: Path) -> None:
+    classify.run(classify_params(epochs=1, seeds=[0]))
+    before = tree(layout.CLASSIFY)
+    rows = read_jsonl(layout.GENERATED)
+    (layout.GENERATE / rows[0]["file"]).write_bytes(b"no image")
+    with pytest.raises(BobError, match="cannot be read as an image"):
+        classify.run(classify_params(epochs=9, seeds=[0]))
+    assert tree(layout.CLASSIFY) == before
+    assert [path.name for path in layout.CLASSIFY.parent.glob(".classify*")] == []
+
+
+def test_a_generated_image_of_an_unknown_class_and_an_empty_training_set_are_refused(
+    project: Path,
+) -> None:
+    write_jsonl(layout.GENERATED, [{"file": "a.png", "class": "Grey Blob"}])
+    with pytest.raises(BobError, match=r"manifest\.jsonl: an image without a class"):
+        classify.run(classify_params())
+    write_jsonl(layout.TRAIN, [])
+    with pytest.raises(BobError, match="lists no photo"):
+        classify.run(classify_params())
+
+
+def test_a_learning_rate_that_ends_in_no_number_is_said(project: Path) -> None:
+    with pytest.raises(BobError, match=r"lower classify\.learning_rate"):
+        classify.run(classify_params(learning_rate=1e30, warmup_epochs=0, epochs=5))

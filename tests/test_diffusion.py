@@ -1,0 +1,210 @@
+"""The text-to-image side on a small random Stable Diffusion."""
+
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from bob import diffusion, finetune
+from bob.errors import BobError
+from tests.builders import build_text_to_image
+
+CPU = torch.device("cpu")
+FP32 = torch.float32
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return build_text_to_image(tmp_path_factory.mktemp("models") / "base")
+
+
+def settings(**changed):
+    values = {"seed": 0, "batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0, "epochs": 3}
+    return types.SimpleNamespace(**values | changed)
+
+
+def photos(count=3):
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (30, 40, 3), np.uint8)) for _ in range(count)]
+
+
+def fine_tune(base, folder, dtype=FP32, rank=4, **changed):
+    pipeline = diffusion.load(base, CPU)
+    means, stds = diffusion.encode_images(pipeline, photos())
+    tokens = diffusion.tokenize(pipeline, ["a bird photo of a wren", "a wren", "a tit"])
+    diffusion.cast(pipeline.unet, dtype)
+    diffusion.cast(pipeline.text_encoder, dtype)
+    parameters = diffusion.add_lora(pipeline, rank, 0)
+    finetune.train(
+        pipeline, parameters, means, stds, tokens, settings(**changed), dtype, folder / "curves"
+    )
+    diffusion.save_lora(pipeline, folder / "lora")
+    return pipeline
+
+
+def render(pipeline, count=2, prompt="a bird photo of a wren", steps=3, seeds=None):
+    embeddings = diffusion.encode_prompts(pipeline, ["", prompt])
+    return diffusion.sample(
+        pipeline,
+        torch.stack([embeddings[prompt]] * count),
+        embeddings[""],
+        seeds or list(range(count)),
+        steps=steps,
+        guidance_scale=2.0,
+        dtype=FP32,
+    )
+
+
+def difference(a, b):
+    return np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).max()
+
+
+def test_stock_diffusers_loads_both_parts_of_the_lora(base, tmp_path):
+    trained = fine_tune(base, tmp_path).to(CPU)
+    stock = StableDiffusionPipeline.from_pretrained(base, dtype=FP32)
+    stock.set_progress_bar_config(disable=True)
+
+    def image(pipeline):
+        pipeline.unet.eval()
+        pipeline.text_encoder.eval()
+        random = torch.Generator().manual_seed(1)
+        call = pipeline("a bird photo of a wren", num_inference_steps=3, generator=random)
+        return call.images[0]
+
+    untouched = image(stock)
+    stock.load_lora_weights(str(tmp_path / "lora"))
+    assert {"unet", "text_encoder"} == set(stock.get_list_adapters())
+    assert difference(image(stock), untouched) > 2
+    assert difference(image(stock), image(trained)) <= 1
+    # And our own way, fused into the weights, is the same model.
+    fused = diffusion.load(base, CPU, lora=tmp_path / "lora")
+    assert difference(image(fused), image(stock)) <= 1
+
+
+def test_the_text_encoder_is_trained_as_well(base, tmp_path):
+    fine_tune(base, tmp_path)
+    before = diffusion.text_features(diffusion.load(base, CPU), ["a wren"])
+    after = diffusion.text_features(diffusion.load(base, CPU, lora=tmp_path / "lora"), ["a wren"])
+    assert (before - after).abs().max() > 1e-3
+
+
+def test_lora_is_on_every_attention_projection_and_nothing_else(base):
+    pipeline = diffusion.load(base, CPU)
+    parameters = diffusion.add_lora(pipeline, 4, 0)
+    attention_layers = sum(
+        name.endswith(("attn1", "attn2")) for name, _ in pipeline.unet.named_modules()
+    )
+    text_layers = pipeline.text_encoder.config.num_hidden_layers
+    assert attention_layers
+    assert len(parameters) == 2 * 4 * (attention_layers + text_layers)
+    assert all(parameter.dtype == FP32 for parameter in parameters)
+
+
+def test_zero_epochs_write_an_adapter_that_changes_nothing(base, tmp_path):
+    fine_tune(base, tmp_path, epochs=0)
+    plain, adapted = (
+        render(diffusion.load(base, CPU, lora=lora))[0] for lora in (None, tmp_path / "lora")
+    )
+    assert difference(plain, adapted) == 0
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_training_writes_the_same_bytes_twice(base, tmp_path, dtype):
+    contents = []
+    for name in ("one", "two"):
+        fine_tune(base, tmp_path / name, dtype=dtype, epochs=1)
+        contents.append((tmp_path / name / "lora/pytorch_lora_weights.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_fine_tuning_lowers_the_loss(base, tmp_path):
+    fine_tune(base, tmp_path, epochs=60, batch_size=4)
+    rows = (tmp_path / "curves/plots/metrics/loss.tsv").read_text().splitlines()[1:]
+    losses = [float(row.split("\t")[1]) for row in rows]
+    assert len(losses) == 60
+    assert np.mean(losses[-15:]) < np.mean(losses[:15])
+
+
+def test_divergence_is_told_in_one_line(base, tmp_path):
+    with pytest.raises(BobError, match=r"diverged.*finetune\.learning_rate"):
+        fine_tune(base, tmp_path, learning_rate=float("inf"))
+
+
+def test_latents_have_the_models_resolution_and_scale(base):
+    pipeline = diffusion.load(base, CPU)
+    assert diffusion.resolution(pipeline) == 16
+    mean, std = diffusion.encode_images(pipeline, photos(2))
+    assert mean.shape == std.shape == (2, 4, 8, 8)
+    assert std.min() > 0
+    square = pipeline.image_processor.preprocess(photos(1), 16, 16, resize_mode="crop")
+    expected = pipeline.vae.encode(square).latent_dist.mean * pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(mean[:1], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_target_of_v_prediction_is_that_of_the_paper():
+    latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    timestep = torch.tensor([10, 900])
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    share = scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
+    target = finetune.prediction_target(scheduler, latents, noise, timestep)
+    torch.testing.assert_close(target, share.sqrt() * noise - (1 - share).sqrt() * latents)
+
+    epsilon = DDPMScheduler(prediction_type="epsilon")
+    assert finetune.prediction_target(epsilon, latents, noise, timestep) is noise
+    with pytest.raises(BobError, match="sample"):
+        finetune.prediction_target(
+            DDPMScheduler(prediction_type="sample"), latents, noise, timestep
+        )
+
+
+def test_a_v_prediction_base_trains_and_samples(tmp_path):
+    base = build_text_to_image(tmp_path / "base", "v_prediction")
+    fine_tune(base, tmp_path, epochs=1)
+    pipeline = diffusion.load(base, CPU, lora=tmp_path / "lora")
+    for sampler in diffusion.SAMPLERS.values():
+        pipeline.scheduler = sampler(pipeline.scheduler.config)
+        assert pipeline.scheduler.config.prediction_type == "v_prediction"
+        assert render(pipeline)[0].size == (16, 16)
+
+
+def test_an_image_does_not_depend_on_its_place_or_its_neighbours(base):
+    pipeline = diffusion.load(base, CPU)
+    first = render(pipeline, 3, seeds=[5, 6, 7])
+    second = render(pipeline, 3, seeds=[8, 9, 5])
+    assert first[0].tobytes() == second[2].tobytes()
+    assert first[0].tobytes() != first[1].tobytes()
+
+
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+def test_every_sampler_comes_to_the_same_image(base, sampler):
+    """All solve the same differential equation, so with many steps they agree."""
+    pipeline = diffusion.load(base, CPU)
+    pipeline.scheduler = diffusion.SAMPLERS["ddim"](pipeline.scheduler.config)
+    reference = render(pipeline, 1, steps=200)[0]
+    pipeline.scheduler = diffusion.SAMPLERS[sampler](pipeline.scheduler.config)
+    image = render(pipeline, 1, steps=100)[0]
+    gap = np.abs(np.asarray(image, float) - np.asarray(reference, float)).mean()
+    assert gap < 8, gap
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, "holds no text-to-image model"),
+        ({"model_index.json": '{"_class_name": "StableDiffusionXLPipeline"}'}, "XLPipeline"),
+        ({"model_index.json": '{"_class_name": "StableDiffusionPipeline"}'}, "does not load"),
+    ],
+)
+def test_a_folder_that_is_no_stable_diffusion_is_told_in_one_line(tmp_path, files, told):
+    folder = Path(tmp_path / "base")
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    with pytest.raises(BobError, match=told) as caught:
+        diffusion.load(folder, CPU)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,91 @@
+"""Stage `evaluate`: the metrics by hand calculation, and the files that plots are made of."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bob import classify, evaluate, layout
+from bob.data import Photo
+from bob.errors import BobError
+from bob.evaluate import accuracy_metrics
+from bob.files import read_json, write_jsonl
+from bob.params import Params
+from tests.tiny_project import CLASSES, classify_params, make_project, one_thread, tree  # noqa: F401
+
+NO_PARAMS = Params({}, "evaluate")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_metrics_are_means_and_sample_deviations_over_seeds_and_the_lift_is_paired() -> None:
+    photos = [Photo(f"{i}.png", "a", "") for i in range(10)]
+
+    def named(hits: int) -> list[str]:
+        return ["a"] * hits + ["b"] * (10 - hits)
+
+    metrics = accuracy_metrics(
+        photos,
+        {
+            "real_only": {0: named(4), 1: named(6)},
+            "real_and_synthetic": {0: named(7), 1: named(9)},
+        },
+    )
+    assert metrics == {
+        "real_only": {"top1": 50.0, "top1_std": 14.14},
+        "real_and_synthetic": {"top1": 80.0, "top1_std": 14.14},
+        "lift": 30.0,
+        "lift_std": 0.0,
+    }
+
+
+def test_one_seed_has_a_deviation_of_zero() -> None:
+    photos = [Photo("0.png", "a", ""), Photo("1.png", "b", ""), Photo("2.png", "b", "")]
+    metrics = accuracy_metrics(
+        photos, {"real_only": {7: ["a", "a", "a"]}, "real_and_synthetic": {7: ["a", "b", "b"]}}
+    )
+    assert metrics["real_only"] == {"top1": 33.33, "top1_std": 0.0}
+    assert (metrics["lift"], metrics["lift_std"]) == (66.67, 0.0)
+
+
+def test_the_stage_writes_scalars_only_and_plots_data_that_agree_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_project(tmp_path)
+    classify.run(classify_params(epochs=2))
+    evaluate.run(NO_PARAMS)
+    first = tree(layout.EVALUATE), layout.ACCURACY_METRICS.read_bytes()
+    evaluate.run(NO_PARAMS)
+    assert first == (tree(layout.EVALUATE), layout.ACCURACY_METRICS.read_bytes())
+    assert capfd.readouterr().out.splitlines()[-1].startswith("evaluate: top-1 on 9 test photos")
+
+    metrics = read_json(layout.ACCURACY_METRICS)
+    for variant in ("real_only", "real_and_synthetic"):
+        assert {type(value) for value in metrics[variant].values()} == {float}
+        predictions = rows(layout.EVALUATE / "predictions" / f"{variant}.csv")
+        assert Counter(row["actual"] for row in predictions) == dict.fromkeys(CLASSES, 6)
+        hits = sum(row["actual"] == row["predicted"] for row in predictions)
+        assert metrics[variant]["top1"] == pytest.approx(100 * hits / 18, abs=0.01)
+        per_class = rows(layout.EVALUATE / "per_class" / f"{variant}.csv")
+        assert [row["class"] for row in per_class] == list(CLASSES)
+        mean = sum(float(row["top1"]) for row in per_class) / len(CLASSES)
+        assert metrics[variant]["top1"] == pytest.approx(mean, abs=0.01)
+    assert len(rows(layout.EVALUATE / "per_seed.csv")) == 4
+    assert metrics["lift"] == pytest.approx(
+        metrics["real_and_synthetic"]["top1"] - metrics["real_only"]["top1"], abs=0.011
+    )
+    assert "null" not in json.dumps(metrics)
+
+    write_jsonl(layout.TEST, [])
+    with pytest.raises(BobError, match=r"test\.jsonl lists no photo"):
+        evaluate.run(NO_PARAMS)
+    (layout.CLASSIFY / "real_only/seed-1.safetensors").unlink()
+    write_jsonl(layout.TEST, [{"path": "x.png", "class_name": "Red Square", "sha256": ""}])
+    with pytest.raises(BobError, match=r"real_only/seed-1\.safetensors cannot be loaded"):
+        evaluate.run(NO_PARAMS)

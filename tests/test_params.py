@@ -1,0 +1,137 @@
+"""What a user hears of a mistake in params.yaml."""
+
+import subprocess
+import sys
+
+import pytest
+from ruamel.yaml import YAML
+
+from bob import params
+from bob.errors import BobError
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def project(workspace):
+    for name in ("params.yaml", "dvc.yaml"):
+        (workspace / name).write_text((ROOT / name).read_text())
+    return workspace
+
+
+def change(project, section, key, value):
+    yaml = YAML()
+    path = project / "params.yaml"
+    values = yaml.load(path.read_text())
+    if value is None:
+        del values[section][key]
+    else:
+        values[section][key] = value
+    yaml.dump(values, path)
+
+
+def told():
+    with pytest.raises(BobError) as caught:
+        params.load()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("data", "shots", "five", 'data.shots is "five"; allowed: a whole number from 1 or all'),
+        ("data", "shots", 0, "data.shots is 0; allowed: a whole number from 1 or all"),
+        ("data", "name", "../mine", 'data.name is "../mine"; allowed: the name of a folder'),
+        ("data", "test_fraction", 1.5, "allowed: a number above 0 below 1"),
+        ("finetune", "base_model", "/tmp/sd", "allowed: a folder models/<name>"),
+        ("finetune", "context", "bank", 'finetune.context is "bank"; allowed: caption, none'),
+        ("generate", "guidence_scale", 3, "did you mean generate.guidance_scale?"),
+        ("generate", "xyz", 3, "generate.xyz is not a known key; known here: context, "),
+        ("generate", "steps", None, "generate.steps is missing; allowed: a whole number from 1"),
+        ("generate", "context", "mine.jsonl", "bank, class, none or a file data/contexts/<name>"),
+        ("generate", "sampler", "dpm", 'generate.sampler is "dpm"; allowed: dpmsolver++, ddim'),
+        ("classify", "real_weight", 1.1, "allowed: a number from 0 to 1"),
+        ("classify", "seeds", [], "classify.seeds is []; allowed: a list of at least 1"),
+        ("benchmark", "batch_sizes", [0], "benchmark.batch_sizes.0 is 0; allowed: a whole number"),
+    ],
+)
+def test_a_mistake_is_told_with_its_path_and_what_is_allowed(project, section, key, value, message):
+    change(project, section, key, value)
+    assert message in told()
+    assert told().startswith("params.yaml: ")
+
+
+def test_a_misspelt_section_is_told(project):
+    path = project / "params.yaml"
+    path.write_text(path.read_text().replace("\ngenerate:", "\ngenerat:"))
+    assert "generat is not a known key; did you mean generate?" in told()
+
+
+def test_no_yaml_and_no_file_are_told(project):
+    (project / "params.yaml").write_text("data: [1,\n")
+    assert "params.yaml: not YAML" in told()
+    (project / "params.yaml").unlink()
+    assert "run from the folder that holds dvc.yaml" in told()
+
+
+def test_a_number_in_scientific_notation_is_a_number(project):
+    change(project, "finetune", "learning_rate", 1)
+    text = (
+        (project / "params.yaml").read_text().replace("learning_rate: 1\n", "learning_rate: 1e-4\n")
+    )
+    (project / "params.yaml").write_text(text)
+    assert params.load()["finetune"]["learning_rate"] == 1e-4
+
+
+def test_every_public_key_is_documented_by_the_schema_and_stands_in_params():
+    values = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    sections = params.schema()["properties"]
+    assert {name: list(rule["properties"]) for name, rule in sections.items()} == {
+        name: list(section) for name, section in values.items()
+    }
+
+
+def test_a_stage_sees_the_parameters_it_declares_and_no_others(project):
+    split = params.for_stage("split")
+    assert split.data.shots == 5
+    with pytest.raises(BobError, match=r"stage split reads the parameter generate"):
+        _ = split.generate
+    generate = params.for_stage("generate")
+    assert generate.finetune.base_model == "models/miniature-base"
+    with pytest.raises(BobError, match=r"finetune\.rank.*stages\.generate\.params"):
+        _ = generate.finetune.rank
+
+
+def test_the_command_line_ends_with_one_line_and_status_1(project):
+    change(project, "data", "shots", "five")
+    result = subprocess.run(
+        [sys.executable, "-m", "bob", "split"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: params.yaml: data.shots")
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; from click.testing import CliRunner; from bob.cli import cli;"
+        "assert CliRunner().invoke(cli, ['--help']).exit_code == 0;"
+        "heavy = {'torch', 'diffusers', 'transformers', 'timm', 'numpy', 'PIL'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_wrong_interpreter_is_told_in_one_line(project):
+    """-S leaves site-packages out, as the system's python does when nothing is activated."""
+    result = subprocess.run(
+        [sys.executable, "-S", "-m", "bob", "draw"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 1
+    assert "source .venv/bin/activate" in result.stderr
+    assert result.stderr.count("\n") == 1

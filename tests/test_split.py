@@ -1,0 +1,226 @@
+"""Reading a user's folder, and drawing shots from it."""
+
+import shutil
+
+import pytest
+from PIL import Image
+
+from bob import split
+from bob.data import read_photos, read_task
+from bob.errors import BobError
+from bob.params import Params
+from tests.builders import build_photos
+
+NAMES = {"Anna_Hummingbird": 8, "Rufous_Hummingbird": 9}
+
+
+def dataset(workspace, classes=NAMES, parts=None):
+    folder = workspace / "data" / "mine"
+    if parts is None:
+        build_photos(folder, classes)
+    else:
+        # Another first class in each part, so that no two parts hold the same noise.
+        for number, part in enumerate(parts):
+            build_photos(folder / part, {f"Filler{i}": 1 for i in range(3 * number)} | classes)
+            for filler in (folder / part).glob("Filler*"):
+                shutil.rmtree(filler)
+    (folder / "dataset.yaml").write_text("descriptor: bird\n")
+    return folder
+
+
+def draw(**changed):
+    values = {
+        "name": "mine",
+        "shots": 3,
+        "seed": 0,
+        "val_per_class": 2,
+        "test_fraction": 0.25,
+    } | changed
+    split.run(Params({"data": values}, "split"))
+    return tuple(
+        {photo.path.split("/", 3)[3] for photo in read_photos(split.SPLIT / f"{part}.jsonl")}
+        for part in ("train", "val", "test")
+    )
+
+
+def told(**changed):
+    with pytest.raises(BobError) as caught:
+        draw(**changed)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not split.SPLIT.exists(), "a failed split must leave nothing behind"
+    return message
+
+
+def test_classes_are_spelled_with_spaces_and_photos_are_copied(workspace):
+    dataset(workspace)
+    train, val, test = draw()
+    task = read_task()
+    assert task.descriptor == "bird"
+    assert task.classes == ("Anna Hummingbird", "Rufous Hummingbird")
+    assert (len(train), len(val), len(test)) == (6, 4, 4)
+    for photo in read_photos(split.TRAIN):
+        assert split.sha256(workspace / photo.path) == photo.sha256
+
+
+def test_parts_never_overlap_and_ten_shots_contain_five(workspace):
+    dataset(workspace, {"A": 30, "B": 30})
+    five, val_of_five, test_of_five = draw(shots=5)
+    shutil.rmtree(split.SPLIT)
+    ten, val_of_ten, test_of_ten = draw(shots=10)
+    assert five < ten
+    assert (val_of_five, test_of_five) == (val_of_ten, test_of_ten)
+    assert not ten & val_of_ten and not ten & test_of_ten and not val_of_ten & test_of_ten
+
+
+def test_another_seed_draws_other_shots_but_tests_on_the_same_photos(workspace):
+    dataset(workspace, {"A": 30, "B": 30})
+    first, _, test_of_first = draw(seed=0)
+    shutil.rmtree(split.SPLIT)
+    second, _, test_of_second = draw(seed=1)
+    assert first != second
+    assert test_of_first == test_of_second
+
+
+def test_a_photo_that_is_added_moves_at_most_one_shot(workspace):
+    folder = dataset(workspace, {"A": 30, "B": 30}, parts=["train", "test"])
+    before, *_ = draw()
+    shutil.rmtree(split.SPLIT)
+    Image.new("RGB", (40, 30), "red").save(folder / "train" / "A" / "new.jpg")
+    after, *_ = draw()
+    assert len(before - after) <= 1
+
+
+def test_own_train_val_and_test_folders_are_kept_apart(workspace):
+    dataset(workspace, {"A": 4, "B": 5}, parts=["train", "val", "test"])
+    train, val, test = draw(shots=4)
+    assert (len(train), len(val), len(test)) == (8, 9, 9)
+
+
+def test_without_a_val_folder_validation_comes_from_train_not_from_test(workspace):
+    dataset(workspace, {"A": 6, "B": 6}, parts=["train", "test"])
+    _, val, test = draw(shots=4)
+    assert len(val) == 4 and len(test) == 12
+    hashes = {p.sha256 for p in read_photos(split.VAL)}
+    assert not hashes & {p.sha256 for p in read_photos(split.TEST)}
+
+
+def test_all_shots_leave_no_validation_and_say_so(workspace, capsys):
+    dataset(workspace)
+    train, val, test = draw(shots="all")
+    assert not val
+    assert len(train) + len(test) == 17
+    assert "keep the last epoch" in capsys.readouterr().err
+
+
+def test_the_same_split_is_the_same_bytes(workspace):
+    dataset(workspace)
+    draw()
+    first = {p.relative_to(split.SPLIT): p.read_bytes() for p in files(split.SPLIT)}
+    shutil.rmtree(split.SPLIT)
+    draw()
+    assert first == {p.relative_to(split.SPLIT): p.read_bytes() for p in files(split.SPLIT)}
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_too_few_photos_names_the_class_and_what_would_fit(workspace):
+    dataset(workspace, {"A": 8, "B": 30})
+    message = told(shots=6)
+    assert "class 'A' (6)" in message
+    assert "data.shots: 5 fits every class" in message
+    draw(shots=5)
+
+
+def test_a_class_that_is_all_test_cannot_be_helped_by_fewer_shots(workspace):
+    dataset(workspace, {"A": 1, "B": 30})
+    assert "no number of shots would fit" in told(shots=1)
+
+
+def test_a_truncated_image_is_named(workspace):
+    folder = dataset(workspace)
+    path = folder / "Anna_Hummingbird" / "001.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    assert "data/mine/Anna_Hummingbird/001.jpg cannot be read" in told()
+
+
+def test_a_text_file_called_jpg_is_named(workspace):
+    folder = dataset(workspace)
+    (folder / "Anna_Hummingbird" / "notes.jpg").write_text("not an image")
+    assert "notes.jpg cannot be read" in told()
+
+
+def test_an_empty_class_is_named(workspace):
+    folder = dataset(workspace)
+    (folder / "Costa_Hummingbird").mkdir()
+    assert "data/mine/Costa_Hummingbird holds no image" in told()
+
+
+def test_files_of_other_kinds_are_warned_of(workspace, capsys):
+    folder = dataset(workspace)
+    (folder / "Anna_Hummingbird" / "phone.heic").write_bytes(b"x")
+    draw()
+    assert "phone.heic" in capsys.readouterr().err
+
+
+def test_one_content_in_train_and_test_is_an_error_that_names_both(workspace):
+    folder = dataset(workspace, parts=["train", "test"])
+    shutil.copy(folder / "train/Anna_Hummingbird/000.jpg", folder / "test/Anna_Hummingbird/x.jpg")
+    message = told()
+    assert "test/Anna_Hummingbird/x.jpg is the same image" in message
+    assert "train/Anna_Hummingbird/000.jpg" in message
+
+
+def test_one_content_in_two_classes_is_an_error(workspace):
+    folder = dataset(workspace)
+    shutil.copy(folder / "Anna_Hummingbird/000.jpg", folder / "Rufous_Hummingbird/x.jpg")
+    assert "of another class" in told()
+
+
+def test_a_second_copy_within_a_class_counts_once(workspace, capsys):
+    folder = dataset(workspace)
+    shutil.copy(folder / "Anna_Hummingbird/000.jpg", folder / "Anna_Hummingbird/zz.jpg")
+    train, val, test = draw(shots="all")
+    assert len(train | val | test) == 17
+    assert "zz.jpg" in capsys.readouterr().err
+
+
+def test_a_test_class_that_train_does_not_have_is_an_error(workspace):
+    folder = dataset(workspace, parts=["train", "test"])
+    (folder / "test/Anna_Hummingbird").rename(folder / "test/Costa")
+    assert "class 'Costa' is not in" in told()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "dataset.yaml is missing; write one line"),
+        ("descriptor:\n", "descriptor is null"),
+        ("descriptr: bird\n", "did you mean descriptor?"),
+        ("", "the content is null"),
+        ("a: [\n", "not YAML"),
+    ],
+)
+def test_a_missing_descriptor_is_told(workspace, content, message):
+    folder = dataset(workspace)
+    (folder / "dataset.yaml").unlink()
+    if content is not None:
+        (folder / "dataset.yaml").write_text(content)
+    assert message in told()
+
+
+def test_a_missing_dataset_says_how_to_bring_photos(workspace):
+    assert "dvc add data/mine" in told()
+
+
+def test_transparency_becomes_white_and_exif_rotation_is_applied(workspace):
+    folder = dataset(workspace)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(folder / "Anna_Hummingbird/clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (8, 4)).save(folder / "Anna_Hummingbird/turned.jpg", exif=exif)
+    image = split.open_image(folder / "Anna_Hummingbird/clear.png")
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
+    assert split.open_image(folder / "Anna_Hummingbird/turned.jpg").size == (4, 8)
