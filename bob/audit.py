@@ -114,23 +114,31 @@ def diversity(features: np.ndarray, classes: Sequence[str]) -> float:
 def kernel_inception_distance(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:
     """KID, mean and standard deviation over random subsets (Binkowski et al. 2018, eq. 4).
 
-    The unbiased squared MMD with the kernel (x.y / d + 1)^3 between features (n, d) and (m, d).
-    Unlike FID it is unbiased at any number of images; few shots only make it noisier.
+    The squared MMD between features (n, d) and (m, d). Unlike FID it is unbiased at any number of
+    images; few of them only make it noisier.
     """
     random = np.random.default_rng(0)
     size = _subset_size(real, generated)
     if size < 2:
         return 0.0, 0.0
-    values = []
-    for _ in range(KID_SUBSETS):
-        x = real[random.choice(len(real), size, replace=False)]
-        y = generated[random.choice(len(generated), size, replace=False)]
-        k_xx, k_yy, k_xy = (
-            polynomial_kernel(a, b, degree=3, coef0=1) for a, b in ((x, x), (y, y), (x, y))
+    values = [
+        squared_mmd(
+            real[random.choice(len(real), size, replace=False)],
+            generated[random.choice(len(generated), size, replace=False)],
         )
-        within = (k_xx.sum() - k_xx.trace() + k_yy.sum() - k_yy.trace()) / (size * (size - 1))
-        values.append(within - 2 * k_xy.mean())
+        for _ in range(KID_SUBSETS)
+    ]
     return float(np.mean(values)), float(np.std(values))
+
+
+def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
+    """The unbiased squared MMD of features (n, d) and (n, d) with the kernel (x.y / d + 1)^3."""
+    n = len(x)
+    k_xx, k_yy, k_xy = (
+        polynomial_kernel(a, b, degree=3, coef0=1) for a, b in ((x, x), (y, y), (x, y))
+    )
+    within = (k_xx.sum() - k_xx.trace() + k_yy.sum() - k_yy.trace()) / (n * (n - 1))
+    return float(within - 2 * k_xy.mean())
 
 
 def _subset_size(real: np.ndarray, generated: np.ndarray) -> int:

@@ -40,7 +40,7 @@ PERCENTILES = (50, 95, 99)
 
 
 def run(params: Params) -> None:
-    """Write `metrics/onnx.json` and `results/benchmark/latency.csv`."""
+    """Write `metrics/onnx.json` and, for plots, a table of timings for each runtime."""
     trained = read_trained()
     photos = read_photos(layout.TEST)
     session = best_session(layout.ONNX)
@@ -68,16 +68,15 @@ def run(params: Params) -> None:
         "torch": torch.__version__,
         "model_mb": round(layout.ONNX.stat().st_size / 1e6, 2),
     }
-    table = []
+    tables: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for size in tqdm(params.benchmark.batch_sizes, desc="benchmark", disable=None):
         batch = np.repeat(image, size, axis=0)
         timings = {
             name: summarise(milliseconds, size)
             for name, milliseconds in measure(runs, batch, params.benchmark.repeats).items()
         }
-        table += [
-            {"batch_size": size, "runtime": name, **timing} for name, timing in timings.items()
-        ]
+        for name, timing in timings.items():
+            tables[name].append({"batch_size": size, **timing})
         onnx_timing, torch_timing = timings["onnxruntime"], timings["torch"]
         metrics[f"batch_{size}"] = {
             **onnx_timing,
@@ -85,12 +84,10 @@ def run(params: Params) -> None:
             "speedup": round(torch_timing["p50_ms"] / onnx_timing["p50_ms"], 2),
         }
     with replacing(layout.BENCHMARK) as folder:
-        _write_csv(folder / "latency.csv", table)
+        for name, rows in tables.items():
+            _write_csv(folder / f"{name}.csv", rows)
     write_json(layout.ONNX_METRICS, metrics)
-    fastest = max(
-        (row for row in table if row["runtime"] == "onnxruntime"),
-        key=lambda row: row["images_per_second"],
-    )
+    fastest = max(tables["onnxruntime"], key=lambda row: row["images_per_second"])
     click.echo(
         f"benchmark: {metrics['provider']} reaches {fastest['images_per_second']} images/s "
         f"(batches of {fastest['batch_size']}), top-1 {metrics['top1']} %, torch's "
@@ -206,7 +203,7 @@ def summarise(milliseconds: list[float], batch_size: int) -> dict[str, float]:
     return {**percentiles, "images_per_second": round(batch_size * len(milliseconds) / total, 1)}
 
 
-def _write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

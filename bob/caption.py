@@ -2,11 +2,11 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from bob.data import Photo, Task, batches, open_image, read_photos, read_task
@@ -31,6 +31,9 @@ INSISTENCE = (
 )
 MAX_NEW_TOKENS = 32
 MAX_WORDS = 12  # two phrases and a class name have to fit into CLIP's 77 tokens
+
+Ask = Callable[[Sequence[Image.Image], str], list[str]]
+"""Images of one batch and a question -> the raw answers."""
 
 
 class Captioner:
@@ -57,7 +60,7 @@ class Captioner:
         self.processor.tokenizer.padding_side = "left"
 
     @torch.inference_mode()
-    def ask(self, images: Sequence[Any], question: str) -> list[str]:
+    def ask(self, images: Sequence[Image.Image], question: str) -> list[str]:
         """Ask one question of every PIL image, greedily; returns the raw answers."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = self.processor.apply_chat_template(
@@ -79,7 +82,9 @@ def run(params: Params) -> None:
     task, photos = read_task(), read_photos(TRAIN)
     captioner = Captioner(Path(params.caption.model), params.caption.precision)
     answers = {
-        attribute: _answers(captioner, photos, attribute, task, params.caption.batch_size)
+        attribute: accepted_answers(
+            captioner.ask, photos, attribute, task, params.caption.batch_size
+        )
         for attribute in ATTRIBUTES
     }
     entries = []
@@ -103,10 +108,14 @@ def run(params: Params) -> None:
     print(f"caption: {len(photos)} photos, {distinct} distinct contexts")
 
 
-def _answers(
-    captioner: Captioner, photos: Sequence[Photo], attribute: str, task: Task, batch_size: int
+def accepted_answers(
+    ask: Ask, photos: Sequence[Photo], attribute: str, task: Task, batch_size: int
 ) -> dict[int, str]:
-    """Index of a photo -> accepted phrase for `attribute`; photos that got none are left out."""
+    """Index of a photo -> accepted phrase for `attribute`; photos that got none are left out.
+
+    An empty answer, or one that names a class of the task, is refused and asked for again in other
+    words: decoding is greedy, so the same words would get the same answer.
+    """
     accepted: dict[int, str] = {}
     for insistence in INSISTENCE:
         question = (QUESTION + insistence).format(attribute=attribute, descriptor=task.descriptor)
@@ -115,7 +124,7 @@ def _answers(
             # Padded to full size: what a model says must not depend on how many are asked with it.
             padded = batch + batch[-1:] * (batch_size - len(batch))
             images = [open_image(photos[index].path) for index in padded]
-            for index, answer in zip(batch, captioner.ask(images, question), strict=False):
+            for index, answer in zip(batch, ask(images, question), strict=False):
                 phrase = clean(answer, attribute)
                 if phrase and not names_class(answer, task.classes):
                     accepted[index] = phrase

@@ -55,6 +55,9 @@ def _add_stage(name: str, help_line: str) -> None:
         # Models are local folders: nothing in a stage may reach for a hub, or wait for one.
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # stages have their own
+        # Threads that wait for each other must not spin: with another process on the machine, as
+        # `dvc exp run --jobs 2` has, spinning makes small networks ten times slower.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         importlib.import_module(f"bob.{name}").run(stage_params)
 
 

@@ -128,15 +128,11 @@ def _write_plots(
                 if any(photo.class_name == class_name for photo in photos)
             ),
         )
-    _write_csv(
-        folder / "per_seed.csv",
-        ["seed", "variant", "top1"],
-        (
-            [seed, variant, round(top1(photos, named), 2)]
-            for variant, seeds in predictions.items()
-            for seed, named in seeds.items()
-        ),
-    )
+        _write_csv(
+            folder / "per_seed" / f"{variant}.csv",
+            ["seed", "top1"],
+            ([seed, round(top1(photos, named), 2)] for seed, named in seeds.items()),
+        )
 
 
 def _class_top1(class_name: str, photos: Sequence[Photo], seeds: dict[int, list[str]]) -> float:

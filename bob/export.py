@@ -37,11 +37,11 @@ MAX_BYTES = 2 * 1000**3  # protobuf's limit is 2 GiB for the whole file
 
 
 def run(params: Params) -> None:
-    """Write `results/export/classifier.onnx`, checked against the torch model on test photos."""
+    """Write `results/export/classifier.onnx`, checked against the torch model on shots."""
     trained = read_trained()
     seed = trained.best_seed(REAL_AND_SYNTHETIC)
     model = load_classifier(trained, REAL_AND_SYNTHETIC, seed)
-    photos = read_photos(layout.TEST)
+    photos = read_photos(layout.TRAIN)
     # Spread over the list, which is sorted by class.
     chosen = [photo.path for photo in photos[:: max(1, len(photos) // CHECKED_PHOTOS)]]
     inputs = torch.cat(list(read_inputs(chosen[:CHECKED_PHOTOS], trained.preprocessing)))

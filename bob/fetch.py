@@ -34,8 +34,12 @@ def fetch(model: str, folder: Path) -> None:
         raise BobError(f"{folder} exists; remove it, or fetch under another name")
 
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
+    # The base class of its HTTP client's errors, whichever client this version of it uses.
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # it tells of every retry, and we of what came of them
     repository, commit = match["id"], match["commit"]
     try:
         files = HfApi().list_repo_files(repository, revision=commit)
@@ -54,7 +58,7 @@ def fetch(model: str, folder: Path) -> None:
                 ignore_patterns=unwanted,
             )
             shutil.rmtree(draft / ".cache", ignore_errors=True)  # the Hub client's notes
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BobError(f"{model} could not be fetched: {reason}") from None
 

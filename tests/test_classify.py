@@ -14,14 +14,9 @@ from bob import classifiers, classify, layout
 from bob.classifiers import Preprocessing, load_backbone, load_classifier, read_trained
 from bob.classify import Recipe, learning_rate, mixed, weighted_loss
 from bob.errors import BobError
-from bob.files import read_jsonl, write_jsonl
-from tests.tiny_project import (
-    RECIPE,
-    add_generated,
-    classify_params,
-    make_project,
-    tree,
-)
+from bob.files import write_jsonl
+from bob.manifest import Generated, read_manifest, write_manifest
+from tests.tiny_project import RECIPE, add_generated, classify_params, make_project, tree
 
 
 @pytest.fixture
@@ -189,12 +184,12 @@ def test_learning_curves_have_a_row_per_epoch_and_a_mean_over_seeds(project: Pat
     assert (folder / "val_top1.tsv").exists()
 
 
-def test_long_runs_are_validated_twenty_times_and_at_the_end(project: Path) -> None:
+def test_long_runs_are_validated_ten_times_and_at_the_end(project: Path) -> None:
     write_jsonl(layout.GENERATED, [])
     classify.run(classify_params(epochs=41, seeds=[0]))
     file = layout.CLASSIFY / "curves/plots/metrics/real_only/seed-0/val_top1.tsv"
     steps = [int(line.split("\t")[0]) for line in file.read_text().splitlines()[1:]]
-    assert steps == [*range(2, 41, 3), 40]
+    assert steps == [*range(4, 41, 5), 40]
 
 
 def test_images_beyond_the_memory_limit_are_read_again_to_the_same_result(
@@ -205,6 +200,16 @@ def test_images_beyond_the_memory_limit_are_read_again_to_the_same_result(
     monkeypatch.setattr(classify, "KEPT_BYTES", 10_000)  # two images
     classify.run(classify_params(epochs=2, seeds=[0]))
     assert tree(layout.CLASSIFY) == kept
+
+
+def test_automatic_precision_is_fp32_on_the_cpu_and_bf16_can_be_asked_for(project: Path) -> None:
+    def weights(precision: str) -> bytes:
+        classify.run(classify_params(precision=precision, epochs=1, seeds=[0]))
+        return (layout.CLASSIFY / "real_only/seed-0.safetensors").read_bytes()
+
+    assert weights("fp32") != weights("bf16")
+    if not torch.cuda.is_available():
+        assert weights("auto") == weights("fp32")
 
 
 def test_a_backbone_keeps_its_batch_statistics_in_training(project: Path) -> None:
@@ -281,8 +286,7 @@ def test_a_broken_backbone_folder_is_one_line_that_names_it(project: Path) -> No
 def test_a_failed_run_leaves_the_old_output_whole(project: Path) -> None:
     classify.run(classify_params(epochs=1, seeds=[0]))
     before = tree(layout.CLASSIFY)
-    rows = read_jsonl(layout.GENERATED)
-    (layout.GENERATE / rows[0]["file"]).write_bytes(b"no image")
+    (layout.GENERATE / read_manifest()[0].file).write_bytes(b"no image")
     with pytest.raises(BobError, match="cannot be read as an image"):
         classify.run(classify_params(epochs=9, seeds=[0]))
     assert tree(layout.CLASSIFY) == before
@@ -292,8 +296,8 @@ def test_a_failed_run_leaves_the_old_output_whole(project: Path) -> None:
 def test_a_generated_image_of_an_unknown_class_and_an_empty_training_set_are_refused(
     project: Path,
 ) -> None:
-    write_jsonl(layout.GENERATED, [{"file": "a.png", "class": "Grey Blob"}])
-    with pytest.raises(BobError, match=r"manifest\.jsonl: an image without a class"):
+    write_manifest(layout.GENERATED, [Generated("Grey Blob", None, "a photo", 0, "a.png")])
+    with pytest.raises(BobError, match=r"manifest\.jsonl has images of 'Grey Blob'"):
         classify.run(classify_params())
     write_jsonl(layout.TRAIN, [])
     with pytest.raises(BobError, match="lists no photo"):

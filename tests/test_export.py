@@ -20,7 +20,7 @@ from bob.data import read_photos
 from bob.errors import BobError
 from bob.files import read_json
 from bob.params import Params
-from tests.tiny_project import CLASSES, classify_params, make_project, one_thread, tree  # noqa: F401
+from tests.tiny_project import CLASSES, classify_params, make_project, tree
 
 NO_PARAMS = Params({}, "export")
 
@@ -115,14 +115,13 @@ def test_logits_that_differ_are_refused_and_nothing_is_left(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tree(layout.EXPORT)
-    original = export.write_onnx
 
-    def write_another(model: torch.nn.Module, *rest: Any) -> None:
-        original(model, *rest)
+    def write_an_older_one(model: torch.nn.Module, trained: object, path: Path) -> None:
+        path.write_bytes(before["classifier.onnx"])
         with torch.no_grad():
             next(model.parameters()).add_(1.0)
 
-    monkeypatch.setattr(export, "write_onnx", write_another)
+    monkeypatch.setattr(export, "write_onnx", write_an_older_one)
     with pytest.raises(BobError, match="logits differ from torch's"):
         export.run(NO_PARAMS)
     assert tree(layout.EXPORT) == before
@@ -156,12 +155,11 @@ def test_the_benchmark_records_accuracy_timings_and_what_they_were_taken_on(
     assert all(isinstance(value, float) for timing in timings for value in timing.values())
     assert metrics["processor"]
     assert metrics["provider"].endswith("ExecutionProvider")
-    with (layout.BENCHMARK / "latency.csv").open(newline="") as file:
+    with (layout.BENCHMARK / "onnxruntime.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert [(row["batch_size"], row["runtime"]) for row in table] == [
-        *(("1", "onnxruntime"), ("1", "torch"), ("4", "onnxruntime"), ("4", "torch")),
-    ]
+    assert [row["batch_size"] for row in table] == ["1", "4"]
     assert float(table[0]["p50_ms"]) == timings[0]["p50_ms"]
+    assert (layout.BENCHMARK / "torch.csv").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,19 +1,17 @@
 """A project folder with a tiny task of real images, for the tests of the classifier's stages."""
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import timm
 import torch
 from PIL import Image
 
 from bob import layout
 from bob.data import Photo, Task, write_photos, write_task
-from bob.files import write_jsonl
+from bob.manifest import Generated, write_manifest
 from bob.params import Params
 
 CLASSES = ("Blue Disc", "Green Bar", "Red Square")
@@ -30,15 +28,6 @@ RECIPE: dict[str, Any] = {
     "precision": "fp32",
     "seeds": [0, 1],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny networks gain nothing from a second thread, and lose much where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw(class_name: str, seed: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
@@ -71,20 +60,18 @@ def add_photos(root: Path, split: str, per_class: int, first_seed: int) -> list[
 
 def add_generated(root: Path, per_class: int, first_seed: int = 900) -> None:
     """Draw a generated set, as the stage `generate` leaves it."""
-    rows = []
+    images = []
     for class_name in CLASSES:
         for index in range(per_class):
             file = Path("images") / class_name.replace(" ", "_") / f"{index:04}.png"
             target = root / layout.GENERATE / file
             target.parent.mkdir(parents=True, exist_ok=True)
             draw(class_name, first_seed + index).save(target)
-            rows.append({"file": str(file), "class": class_name})
-    write_jsonl_in(root / layout.GENERATED, rows)
-
-
-def write_jsonl_in(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(path, rows)
+            images.append(
+                Generated(class_name, None, f"a photo of a {class_name}", index, str(file))
+            )
+    (root / layout.GENERATE).mkdir(parents=True, exist_ok=True)
+    write_manifest(root / layout.GENERATED, images)
 
 
 def make_project(

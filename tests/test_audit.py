@@ -1,0 +1,106 @@
+"""The measures of the synthetic set, on cases whose value is known."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bob import audit, diffusion
+from bob.data import Photo
+from bob.manifest import Generated
+from bob.prompts import Context
+from tests.builders import build_photos, build_text_to_image
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = build_text_to_image(tmp_path_factory.mktemp("models") / "base")
+    return diffusion.load(folder, torch.device("cpu"))
+
+
+def pairs(count, context_of):
+    return [(f"class {i % 4}", context_of(i)) for i in range(count)]
+
+
+def test_leakage_is_one_where_the_context_decides_the_class_and_zero_at_chance(pipeline):
+    random = np.random.default_rng(0)
+    tied = pairs(80, lambda i: Context(f"place {i % 4}", "one pose"))
+    free = pairs(80, lambda i: Context(f"place {random.integers(4)}", "one pose"))
+    scores = audit.context_leakage(tied, free, pipeline)
+    assert scores["real"]["background"] == pytest.approx(1)
+    assert scores["generated"]["background"] == pytest.approx(0, abs=0.1)
+    assert scores["real"]["pose"] == pytest.approx(0, abs=1e-9)
+    assert scores["clusters"] == {"background": 4, "pose": 1}
+
+
+def test_phrases_that_are_all_distinct_do_not_leak_by_being_distinct(pipeline):
+    """Plain mutual information would call this the maximum."""
+    random = np.random.default_rng(0)
+    words = [" ".join(random.choice(list("abcdefgh"), 3)) for _ in range(100)]
+    distinct = pairs(100, lambda i: Context(f"{words[i]} {i}", "pose"))
+    scores = audit.context_leakage(distinct, [], pipeline)
+    assert scores["clusters"]["background"] == 10
+    assert abs(scores["real"]["background"]) < 0.15
+    assert scores["generated"]["background"] == 0
+
+
+def test_diversity_of_copies_is_zero_and_of_opposites_is_known():
+    copies = np.tile([[3.0, 4.0]], (5, 1))
+    assert audit.diversity(copies, ["a"] * 5) == pytest.approx(0)
+    axes = np.eye(4) * 7
+    assert audit.diversity(axes, ["a"] * 4) == pytest.approx(1)
+    both = np.concatenate([np.tile([[1.0, 0, 0, 0]], (4, 1)), axes])
+    assert audit.diversity(both, ["a"] * 4 + ["b"] * 4) == pytest.approx(0.5)
+
+
+def test_kid_is_zero_in_the_mean_for_one_distribution_and_grows_with_distance():
+    random = np.random.default_rng(0)
+
+    def draw(shift):
+        return random.normal(shift, 1, (200, 16))
+
+    same, std = audit.kernel_inception_distance(draw(0), draw(0))
+    near, _ = audit.kernel_inception_distance(draw(0), draw(0.5))
+    far, _ = audit.kernel_inception_distance(draw(0), draw(1.5))
+    assert abs(same) < 3 * std
+    assert near > same + std
+    assert far > 2 * near
+
+
+def test_kid_agrees_with_the_definition_written_out():
+    random = np.random.default_rng(1)
+    x, y = random.normal(size=(4, 3)), random.normal(size=(4, 3))
+
+    def kernel(a, b):
+        return (a @ b / 3 + 1) ** 3
+
+    within = sum(
+        kernel(z[i], z[j]) for z in (x, y) for i in range(4) for j in range(4) if i != j
+    ) / (4 * 3)
+    across = sum(kernel(a, b) for a in x for b in y) / 16
+    assert audit.squared_mmd(x, y) == pytest.approx(within - 2 * across)
+
+
+def test_a_contact_sheet_has_real_and_generated_images_side_by_side(workspace):
+    real = build_photos(workspace / "real", {"Wren": 2, "Tit": 1})
+    made = workspace / "results/generate/images/Wren"
+    made.mkdir(parents=True)
+    Image.new("RGB", (16, 16), "magenta").save(made / "0000.png")
+    audit.write_contact_sheets(
+        workspace / "sheets",
+        ["Tit", "Wren"],
+        [Photo(str(path), path.parent.name, "") for path in sorted(real.rglob("*.jpg"))],
+        [Generated("Wren", None, "", 0, "images/Wren/0000.png")],
+    )
+    sheet = np.asarray(Image.open(workspace / "sheets/01.png")).astype(int)
+    magenta = np.abs(sheet - (255, 0, 255)).sum(axis=2) < 30
+    assert magenta.any()
+    columns = np.flatnonzero(magenta.any(axis=0))
+    assert columns.min() > audit.SHEET_REAL * audit.SHEET_CELL
+    assert not magenta[: sheet.shape[0] // 2].any(), "it stands in its class's row"
+
+
+def test_many_classes_take_several_sheets(workspace):
+    classes = [f"class {i}" for i in range(audit.SHEET_CLASSES + 1)]
+    audit.write_contact_sheets(workspace / "sheets", classes, [], [])
+    assert sorted(path.name for path in (workspace / "sheets").iterdir()) == ["01.png", "02.png"]

@@ -1,0 +1,118 @@
+"""The caption stage: what becomes of a captioner's answers, and a real small captioner."""
+
+import pytest
+
+from bob import caption
+from bob.data import Photo, Task, read_photos, write_photos, write_task
+from bob.draw import BACKGROUNDS, POSES
+from bob.errors import BobError
+from bob.layout import BANK, CLASSES, TRAIN
+from bob.params import Params
+from bob.prompts import Context, read_bank
+from tests.builders import build_photos
+from tests.conftest import ROOT
+
+CAPTIONER = ROOT / "models" / "miniature-captioner"
+TASK = Task("aircraft", ("747-300", "747-400"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "phrase"),
+    [
+        ("Clear sky", "clear sky"),
+        ("A clear, blue sky.", "clear, blue sky"),
+        ("The background is a grassy field. It is daytime.", "grassy field"),
+        ("The background of the aircraft is cloudy sky", "cloudy sky"),
+        ("Background: runway", "runway"),
+        ('"Tarmac background"', "tarmac"),
+        ("Sunset\nThe sun is low.", "sunset"),
+        ("", ""),
+        ("\n\n", ""),
+        (" ".join(["word"] * 40), " ".join(["word"] * caption.MAX_WORDS)),
+    ],
+)
+def test_an_answer_is_cleaned_to_a_short_phrase(answer, phrase):
+    assert caption.clean(answer, "background") == phrase
+
+
+@pytest.mark.parametrize(
+    ("answer", "leaks"),
+    [
+        ("a Boeing 747-300 on a runway", True),
+        ("747 300", True),
+        ("two 747-400s in the sky", True),
+        ("level, facing left", False),
+        ("1747-300", False),
+        ("in front of gate 747", False),
+    ],
+)
+def test_an_answer_that_names_a_class_is_recognised(answer, leaks):
+    assert caption.names_class(answer, TASK.classes) is leaks
+
+
+class Talker:
+    """Answers from a list, whatever it is shown; remembers the questions."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    def ask(self, images, question):
+        self.asked.append((question, len(images)))
+        return [self.answers.pop(0)] * len(images)
+
+
+def a_photo(tmp_path):
+    folder = build_photos(tmp_path / "photos", {"A": 1})
+    return Photo(str(folder / "A" / "000.jpg"), "747-300", "0" * 64)
+
+
+def test_a_refused_answer_is_asked_again_in_other_words_without_the_class(tmp_path):
+    talker = Talker("a 747-300 on a runway", "Runway.")
+    found = caption.accepted_answers(talker.ask, [a_photo(tmp_path)], "background", TASK, 4)
+    assert found == {0: "runway"}
+    questions = [question for question, _ in talker.asked]
+    assert questions[0] == (
+        "describe the background of the aircraft in as few words as possible. "
+        "Refer to the aircraft as simply 'a aircraft'"
+    )
+    assert questions[1] != questions[0]
+    assert not any("747" in question for question in questions)
+    assert {size for _, size in talker.asked} == {4}, "batches are padded to full size"
+
+
+def test_a_photo_whose_answers_are_all_refused_is_left_out(tmp_path):
+    talker = Talker(*["747-300"] * len(caption.INSISTENCE))
+    assert caption.accepted_answers(talker.ask, [a_photo(tmp_path)], "pose", TASK, 1) == {}
+
+
+def caption_photos(workspace, monkeypatch, model=CAPTIONER, batch_size=4):
+    folder = build_photos(workspace / "photos", {"A": 3, "B": 2}, size=(90, 60))
+    photos = [
+        Photo(str(path.relative_to(workspace)), path.parent.name, f"{number:064d}")
+        for number, path in enumerate(sorted(folder.rglob("*.jpg")))
+    ]
+    write_photos(TRAIN, photos)
+    write_task(CLASSES, Task("aircraft", ("A", "B")))
+    settings = {"model": str(model), "batch_size": batch_size, "precision": "fp32"}
+    caption.run(Params({"caption": settings}, "caption"))
+    return read_bank(BANK)
+
+
+def test_the_stage_writes_an_entry_for_every_photo_in_order(workspace, monkeypatch):
+    bank = caption_photos(workspace, monkeypatch)
+    assert [entry.image for entry in bank] == [photo.sha256 for photo in read_photos(TRAIN)]
+    # The miniature's captioner knows nothing but its own phrases, whatever it looks at.
+    contexts = [entry.context for entry in bank if entry.context]
+    assert contexts
+    assert all(
+        isinstance(context, Context) and context.background in BACKGROUNDS and context.pose in POSES
+        for context in contexts
+    )
+
+
+def test_a_folder_that_is_no_captioner_is_told_in_one_line(workspace, monkeypatch):
+    (workspace / "models" / "none").mkdir(parents=True)
+    with pytest.raises(BobError, match=r"models/none is no image-text-to-text model") as caught:
+        caption_photos(workspace, monkeypatch, model="models/none")
+    assert "\n" not in str(caught.value)
+    assert not BANK.exists()

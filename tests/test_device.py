@@ -1,0 +1,36 @@
+"""Precision: what `auto` takes, and what a device cannot do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bob.device import autocast, dtype_name, resolve_precision
+from bob.errors import BobError
+
+CPU = torch.device("cpu")
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@pytest.mark.skipif(not CPUINFO.exists(), reason="only Linux lists the processor's instructions")
+def test_auto_takes_bf16_only_where_the_processor_has_it():
+    flags = CPUINFO.read_text()
+    has_bf16 = "avx512_bf16" in flags or "amx_bf16" in flags
+    expected = torch.bfloat16 if has_bf16 else torch.float32
+    assert resolve_precision("auto", CPU) == expected
+
+
+def test_a_precision_that_is_asked_for_is_taken():
+    assert resolve_precision("bf16", CPU) == torch.bfloat16
+    assert resolve_precision("fp32", CPU) == torch.float32
+    assert dtype_name(torch.bfloat16) == "bf16"
+    with pytest.raises(BobError, match="fp16 needs a GPU"):
+        resolve_precision("fp16", CPU)
+
+
+def test_autocast_multiplies_in_the_precision_and_fp32_is_left_alone():
+    a = torch.ones(2, 2)
+    with autocast(CPU, torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+    with autocast(CPU, torch.float32):
+        assert (a @ a).dtype == torch.float32

@@ -1,0 +1,328 @@
+"""The real dvc.yaml, run by DVC at tiny settings with the committed models."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+
+from bob.cli import STAGES
+from tests.conftest import ROOT
+
+TINY = {
+    "draw": {"classes": 2, "train_per_class": 4, "per_context": 1},
+    "data": {"shots": 2},
+    "finetune": {"epochs": 1, "batch_size": 2, "rank": 2},
+    "generate": {"images_per_class": 2, "steps": 2, "batch_size": 2},
+    "classify": {"epochs": 2, "seeds": [0], "batch_size": 4, "warmup_epochs": 1},
+    "benchmark": {"batch_sizes": [1], "repeats": 2},
+}
+AFTER_GENERATE = {"generate", "audit", "classify", "evaluate", "export", "benchmark"}
+AFTER_SPLIT = AFTER_GENERATE | {"split", "caption", "finetune"}
+
+
+def read_params(project):
+    return YAML(typ="safe").load((project / "params.yaml").read_text())
+
+
+def set_params(project, changes):
+    yaml = YAML()
+    values = yaml.load((project / "params.yaml").read_text())
+    for section, section_changes in changes.items():
+        values[section].update(section_changes)
+    with (project / "params.yaml").open("w") as file:
+        yaml.dump(values, file)
+
+
+def run(project, *command):
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DVC_NO_ANALYTICS": "1",
+        "GIT_AUTHOR_NAME": "t",
+        "GIT_AUTHOR_EMAIL": "t@example.org",
+        "GIT_COMMITTER_NAME": "t",
+        "GIT_COMMITTER_EMAIL": "t@example.org",
+    }
+    result = subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def dvc(project, *arguments):
+    return run(project, sys.executable, "-m", "dvc", *arguments)
+
+
+def ran(output):
+    return set(re.findall(r"Running stage '(\w+)'", output))
+
+
+def restored(output):
+    return set(re.findall(r"Stage '(\w+)' is cached - skipping run", output))
+
+
+def make_project(folder):
+    """A copy of what git tracks (and will track) here, as its own repository, at tiny settings."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    set_params(folder, TINY)
+    run(folder, "git", "init", "--quiet")
+    run(folder, "git", "add", "--all")
+    run(folder, "git", "commit", "--quiet", "--message", "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project that has been reproduced once; tests leave its parameters as they were."""
+    folder = make_project(tmp_path_factory.mktemp("project"))
+    output = dvc(folder, "repro")
+    assert ran(output) == set(STAGES)
+    run(folder, "git", "add", "--all")
+    run(folder, "git", "commit", "--quiet", "--message", "reproduced")
+    return folder
+
+
+# --- what dvc.yaml says, read without running it ---------------------------------------------
+
+
+def pipeline():
+    return YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
+
+
+def imported_modules(module):
+    """The names of all bob modules that `bob.<module>` imports, wherever in it, transitively."""
+    seen, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in ast.walk(ast.parse((ROOT / "bob" / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "bob":
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bob."):
+                waiting.append(str(node.module).split(".")[1])
+            elif isinstance(node, ast.Import):
+                waiting += [
+                    alias.name.split(".")[1]
+                    for alias in node.names
+                    if alias.name.startswith("bob.")
+                ]
+    return seen
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_exactly_the_code_it_imports(stage):
+    declared = {dep for dep in pipeline()["stages"][stage]["deps"] if dep.startswith("bob/")}
+    assert declared == {f"bob/{name}.py" for name in imported_modules(stage) - {"params"}}
+
+
+def test_the_pipeline_runs_the_command_lines_stages():
+    stages = pipeline()["stages"]
+    assert list(stages) and set(stages) == set(STAGES)
+    for name, stage in stages.items():
+        assert stage["cmd"] == f"python -m bob {name}"
+
+
+def test_no_output_has_a_parameter_in_its_path_and_none_is_persistent():
+    for stage in pipeline()["stages"].values():
+        for kind in ("outs", "metrics", "plots"):
+            assert "$" not in json.dumps(stage.get(kind, []))
+            assert "persist" not in json.dumps(stage.get(kind, []))
+
+
+# --- what reruns when a parameter changes ----------------------------------------------------
+
+# Parameter -> the stages it goes into. All that depend on these may rerun too; no other may.
+DIRECT = {
+    "draw": {"draw"},
+    "data": {"split"},
+    "data.seed": {"draw", "split"},
+    "caption": {"caption"},
+    "finetune": {"finetune"},
+    "finetune.base_model": {"finetune", "generate", "audit"},
+    "generate": {"generate"},
+    "classify": {"classify"},
+    "audit": {"audit"},
+    "benchmark": {"benchmark"},
+}
+OTHER = {  # values for what is no number
+    "name": "other",
+    "shots": 1,
+    "context": "none",
+    "precision": "bf16",
+    "sampler": "ddim",
+    "mix": "none",
+    "seeds": [7],
+    "batch_sizes": [2],
+    "model": "models/other",
+    "base_model": "models/other",
+    "backbone": "models/other",
+    "feature_model": "models/other",
+}
+
+
+def keys():
+    values = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    return [(section, key) for section, entries in values.items() for key in entries]
+
+
+@pytest.mark.slow
+def test_every_parameter_reaches_the_stages_it_must_and_no_others(project):
+    """DVC's own judgement of what has changed, for every key in turn."""
+    original = (project / "params.yaml").read_text()
+    (project / "data/other").mkdir()
+    for name in ("other",):
+        (project / "models" / name).mkdir()
+        (project / "models" / name / "config.json").write_text("{}")
+    (project / "data/other/dataset.yaml").write_text("descriptor: bird\n")
+    try:
+        for section, key in keys():
+            value = read_params(project)[section][key]
+            set_params(project, {section: {key: OTHER.get(key) or value + 1}})
+            with Repo(project) as repo:
+                changed = {name.split(":")[-1] for name in repo.status()}
+            expected = DIRECT.get(f"{section}.{key}", DIRECT[section])
+            assert changed == expected, f"{section}.{key}"
+            (project / "params.yaml").write_text(original)
+    finally:
+        (project / "params.yaml").write_text(original)
+        shutil.rmtree(project / "data/other")
+        shutil.rmtree(project / "models/other")
+
+
+@pytest.mark.slow
+def test_a_finished_pipeline_is_clean_and_runs_nothing(project):
+    assert "up to date" in dvc(project, "status")
+    assert not ran(dvc(project, "repro"))
+
+
+@pytest.mark.slow
+def test_change_and_change_back(project):
+    original = (project / "params.yaml").read_text()
+    lock = (project / "dvc.lock").read_text()
+
+    set_params(project, {"generate": {"guidance_scale": 3.0}})
+    assert ran(dvc(project, "repro")) == AFTER_GENERATE
+    set_params(project, {"benchmark": {"batch_sizes": [2]}})
+    assert ran(dvc(project, "repro")) == {"benchmark"}
+
+    (project / "params.yaml").write_text(original)
+    output = dvc(project, "repro")
+    assert not ran(output)
+    assert restored(output) == AFTER_GENERATE
+    assert (project / "dvc.lock").read_text() == lock
+
+
+@pytest.mark.slow
+def test_a_comment_in_the_code_reruns_its_stage_and_the_wave_stops_there(project):
+    module = project / "bob/caption.py"
+    original = module.read_text()
+    try:
+        module.write_text(original + "# a comment\n")
+        assert ran(dvc(project, "repro")) == {"caption"}
+    finally:
+        module.write_text(original)
+        dvc(project, "repro")
+
+
+@pytest.mark.slow
+def test_every_stage_runs_again_to_the_same_bytes(project):
+    """All but the timings, which are no stage's dependency."""
+
+    def hashes():
+        lock = YAML(typ="safe").load((project / "dvc.lock").read_text())
+        return {
+            out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]
+        }
+
+    before = hashes()
+    assert ran(dvc(project, "repro", "--force")) == set(STAGES)
+    after = hashes()
+    timings = {"metrics/onnx.json", "results/benchmark"}
+    assert before.keys() == after.keys()
+    assert {path for path in before if before[path] != after[path]} <= timings
+
+
+# --- what a user reads afterwards ------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_metrics_are_scalars_and_say_what_the_user_asked(project):
+    metrics = json.loads(dvc(project, "metrics", "show", "--json"))[""]["data"]
+
+    def scalars(value):
+        if isinstance(value, dict):
+            return all(map(scalars, value.values()))
+        return isinstance(value, int | float | str)
+
+    assert all(scalars(entry["data"]) for entry in metrics.values())
+    accuracy = metrics["metrics/accuracy.json"]["data"]
+    assert accuracy["lift"] == pytest.approx(
+        accuracy["real_and_synthetic"]["top1"] - accuracy["real_only"]["top1"]
+    )
+    onnx = metrics["metrics/onnx.json"]["data"]
+    assert onnx["top1"] == pytest.approx(onnx["torch_top1"])
+    assert metrics["metrics/synthetic.json"]["data"]["images"] == 4
+
+
+@pytest.mark.slow
+def test_plots_and_artifacts_are_all_there(project):
+    page = dvc(project, "plots", "show", "--out", "plots")
+    assert "index.html" in page
+    html = (project / "plots/index.html").read_text()
+    for name in ("loss", "confusion", "per_class", "latency", "contact_sheets"):
+        assert name in html, name
+    for artifact in pipeline()["artifacts"].values():
+        assert (project / artifact["path"]).exists()
+
+
+@pytest.mark.slow
+def test_queued_experiments_run_side_by_side(project):
+    dvc(
+        project,
+        *("exp", "run", "--queue", "-S", "data.shots=1,2", "-S", "finetune.context=none"),
+    )
+    dvc(project, "exp", "run", "--run-all", "--jobs", "2")
+    rows = json.loads(dvc(project, "exp", "show", "--json"))
+    experiments = [
+        revision["data"]["params"]["params.yaml"]["data"]["data"]["shots"]
+        for commit in rows
+        for experiment in commit["experiments"] or []
+        for revision in experiment["revs"]
+        if revision["data"]["metrics"]["metrics/accuracy.json"]["data"]["lift"] is not None
+    ]
+    assert sorted(experiments) == [1, 2]
+    assert (project / "metrics/accuracy.json").exists()
+
+
+@pytest.mark.slow
+def test_no_synthetic_images_and_no_fine_tuning_still_write_every_output(project):
+    original = (project / "params.yaml").read_text()
+    try:
+        set_params(project, {"generate": {"images_per_class": 0}, "finetune": {"epochs": 0}})
+        dvc(project, "repro")
+        accuracy = json.loads((project / "metrics/accuracy.json").read_text())
+        assert accuracy["lift"] == 0
+        assert "up to date" in dvc(project, "status")
+    finally:
+        (project / "params.yaml").write_text(original)
+        dvc(project, "repro")

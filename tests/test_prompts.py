@@ -1,0 +1,106 @@
+"""Prompts, the caption bank, and where contexts are drawn from."""
+
+from collections import Counter
+
+import pytest
+
+from bob.data import Task
+from bob.errors import BobError
+from bob.files import write_jsonl
+from bob.generate import plan
+from bob.manifest import read_manifest, write_manifest
+from bob.prompts import (
+    Context,
+    Entry,
+    drawn_from,
+    prompt,
+    read_bank,
+    read_contexts,
+    write_bank,
+)
+
+LEAVES, SKY = Context("green leaves", "perched"), Context("blue sky", "flying")
+BANK = [
+    Entry("a", "Wren", LEAVES),
+    Entry("b", "Wren", LEAVES),
+    Entry("c", "Tit", SKY),
+    Entry("d", "Tit", None),
+]
+TASK = Task("bird", ("Tit", "Wren"))
+
+
+def test_the_prompt_is_the_papers_template():
+    assert prompt("bird", "Wren", LEAVES) == (
+        "a bird photo of a Wren in the green leaves background with the perched pose"
+    )
+    assert prompt("aircraft", "747-300") == "a aircraft photo of a 747-300"
+
+
+def test_the_bank_reads_back_as_written(tmp_path):
+    write_bank(tmp_path / "bank.jsonl", BANK)
+    assert read_bank(tmp_path / "bank.jsonl") == BANK
+
+
+def test_sources_of_context():
+    assert drawn_from("bank", BANK, "Wren") == [LEAVES, LEAVES, SKY]
+    assert drawn_from("class", BANK, "Tit") == [SKY]
+    assert drawn_from("none", BANK, "Tit") == [None]
+    with pytest.raises(BobError, match="class 'Robin' has no context"):
+        drawn_from("class", BANK, "Robin")
+    with pytest.raises(BobError, match="the caption bank has no context"):
+        drawn_from("bank", [Entry("d", "Tit", None)], "Tit")
+
+
+def test_a_users_contexts_are_read_and_mistakes_named(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write_jsonl(path, [{"background": " snow ", "pose": "standing", "class": "Wren"}])
+    assert read_contexts(path) == [Context("snow", "standing")]
+    for content, told in (
+        ('{"background": "snow"}', "line 1: a context needs"),
+        ("snow", "line 1: not JSON"),
+        ("", "holds no context"),
+    ):
+        path.write_text(content)
+        with pytest.raises(BobError, match=told):
+            read_contexts(path)
+
+
+def test_a_plan_is_a_prefix_of_a_longer_one_and_ignores_the_other_classes():
+    def of_wren(task, count, seed=42):
+        images = plan(task, BANK, source="bank", images_per_class=count, seed=seed)
+        return [image for image in images if image.class_name == "Wren"]
+
+    assert of_wren(TASK, 200)[:50] == of_wren(TASK, 50)
+    assert of_wren(Task("bird", ("Robin", "Wren")), 50) == of_wren(TASK, 50)
+    assert of_wren(TASK, 50) != of_wren(TASK, 50, seed=43)
+
+
+def test_marginalization_draws_whole_pairs_as_often_as_the_bank_has_them_whatever_the_class():
+    images = plan(TASK, BANK, source="bank", images_per_class=3000, seed=0)
+    for class_name in TASK.classes:
+        counts = Counter(image.context for image in images if image.class_name == class_name)
+        assert set(counts) == {LEAVES, SKY}
+        assert counts[LEAVES] / 3000 == pytest.approx(2 / 3, abs=0.03)
+    assert len({image.seed for image in images}) == len(images)
+    assert len({image.file for image in images}) == len(images)
+
+
+def test_context_from_the_same_class_stays_there():
+    images = plan(TASK, BANK, source="class", images_per_class=20, seed=0)
+    assert {(image.class_name, image.context) for image in images} == {
+        ("Wren", LEAVES),
+        ("Tit", SKY),
+    }
+
+
+def test_no_images_need_no_contexts(tmp_path):
+    assert plan(TASK, [], source="bank", images_per_class=0, seed=0) == []
+    write_manifest(tmp_path / "manifest.jsonl", [])
+    assert read_manifest(tmp_path / "manifest.jsonl") == []
+
+
+def test_the_manifest_reads_back_as_written(tmp_path):
+    images = plan(TASK, BANK, source="bank", images_per_class=5, seed=0)
+    images += plan(TASK, BANK, source="none", images_per_class=1, seed=0)
+    write_manifest(tmp_path / "manifest.jsonl", images)
+    assert read_manifest(tmp_path / "manifest.jsonl") == images
