@@ -53,13 +53,20 @@ def run(params: Params) -> None:
 
     with replacing(AUDIT) as folder:
         write_contact_sheets(folder / "contact_sheets", task.classes, photos, generated)
-    write_json(SYNTHETIC_METRICS, metrics)
+    write_json(SYNTHETIC_METRICS, _rounded(metrics))
     leakage = metrics["leakage"]
     print(
         f"audit: context leakage (AMI with class) real {leakage['real']['background']:.3f} "
         f"background, {leakage['real']['pose']:.3f} pose; generated "
         f"{leakage['generated']['background']:.3f} and {leakage['generated']['pose']:.3f}"
     )
+
+
+def _rounded(value: Any) -> Any:
+    # Beyond six decimals there is nothing but the rounding of sums.
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return round(value, 6) + 0.0 if isinstance(value, float) else value
 
 
 def context_leakage(real: Pairs, generated: Pairs, pipeline: Any) -> dict[str, Any]:

@@ -289,7 +289,14 @@ def test_plots_and_artifacts_are_all_there(project):
     page = dvc(project, "plots", "show", "--out", "plots")
     assert "index.html" in page
     html = (project / "plots/index.html").read_text()
-    for name in ("loss", "confusion", "per_class", "latency", "contact_sheets"):
+    titles = [
+        plot["title"]
+        for entry in pipeline()["plots"]
+        if isinstance(entry, dict)
+        for plot in entry.values()
+    ]
+    assert len(titles) == 6
+    for name in (*titles, "results/audit/contact_sheets/01.png"):
         assert name in html, name
     for artifact in pipeline()["artifacts"].values():
         assert (project / artifact["path"]).exists()
