@@ -76,3 +76,18 @@ def fetch(model: str, folder: Path) -> None:
     from bob.fetch import fetch as fetch_model
 
     fetch_model(model, folder)
+
+
+@cli.command()
+@click.option("--only", type=click.Choice(["base", "captioner", "backbone"]), help="One model.")
+@click.option("--tiny", is_flag=True, help="Run through everything in a minute, learning nothing.")
+@click.option("--out", type=click.Path(path_type=Path), default="models", show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), default=".miniature", show_default=True)
+def miniature(only: str | None, tiny: bool, out: Path, work: Path) -> None:
+    """Train the miniature's models from scratch; goes on where it was killed.
+
+    Takes hours. `dvc repro` never needs it: the trained models are in the repository.
+    """
+    from bob.miniature import train
+
+    train(out, work, "tiny" if tiny else "full", only)

@@ -2,91 +2,18 @@
 
 import ast
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from dvc.repo import Repo
+from PIL import Image
 from ruamel.yaml import YAML
 
 from bob.cli import STAGES
 from tests.conftest import ROOT
+from tests.dvc_project import dvc, make_project, ran, read_params, restored, run, set_params
 
-TINY = {
-    "draw": {"classes": 2, "train_per_class": 4, "per_context": 1},
-    "data": {"shots": 2},
-    "finetune": {"epochs": 1, "batch_size": 2, "rank": 2},
-    "generate": {"images_per_class": 2, "steps": 2, "batch_size": 2},
-    "classify": {"epochs": 2, "seeds": [0], "batch_size": 4, "warmup_epochs": 1},
-    "benchmark": {"batch_sizes": [1], "repeats": 2},
-}
 AFTER_GENERATE = {"generate", "audit", "classify", "evaluate", "export", "benchmark"}
-AFTER_SPLIT = AFTER_GENERATE | {"split", "caption", "finetune"}
-
-
-def read_params(project):
-    return YAML(typ="safe").load((project / "params.yaml").read_text())
-
-
-def set_params(project, changes):
-    yaml = YAML()
-    values = yaml.load((project / "params.yaml").read_text())
-    for section, section_changes in changes.items():
-        values[section].update(section_changes)
-    with (project / "params.yaml").open("w") as file:
-        yaml.dump(values, file)
-
-
-def run(project, *command):
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "DVC_NO_ANALYTICS": "1",
-        "GIT_AUTHOR_NAME": "t",
-        "GIT_AUTHOR_EMAIL": "t@example.org",
-        "GIT_COMMITTER_NAME": "t",
-        "GIT_COMMITTER_EMAIL": "t@example.org",
-    }
-    result = subprocess.run(
-        command, cwd=project, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-    return result.stdout + result.stderr
-
-
-def dvc(project, *arguments):
-    return run(project, sys.executable, "-m", "dvc", *arguments)
-
-
-def ran(output):
-    return set(re.findall(r"Running stage '(\w+)'", output))
-
-
-def restored(output):
-    return set(re.findall(r"Stage '(\w+)' is cached - skipping run", output))
-
-
-def make_project(folder):
-    """A copy of what git tracks (and will track) here, as its own repository, at tiny settings."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file() and name != "dvc.lock":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
-    set_params(folder, TINY)
-    run(folder, "git", "init", "--quiet")
-    run(folder, "git", "add", "--all")
-    run(folder, "git", "commit", "--quiet", "--message", "tiny")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -303,22 +230,30 @@ def test_plots_and_artifacts_are_all_there(project):
 
 
 @pytest.mark.slow
-def test_queued_experiments_run_side_by_side(project):
-    dvc(
-        project,
-        *("exp", "run", "--queue", "-S", "data.shots=1,2", "-S", "finetune.context=none"),
-    )
+def test_two_datasets_run_side_by_side_from_the_queue(project):
+    """One is a user's own, tracked by DVC and not by git; its photos are no drawing's size."""
+    for class_name, colour in (("Robin", "red"), ("Blue_Tit", "blue")):
+        (project / "data/mine" / class_name).mkdir(parents=True)
+        for number in range(8):
+            image = Image.new("RGB", (90, 70 + number), colour)
+            image.save(project / "data/mine" / class_name / f"{number}.jpg")
+    (project / "data/mine/dataset.yaml").write_text("descriptor: bird\n")
+    dvc(project, "add", "data/mine")
+    run(project, "git", "add", "data")
+    run(project, "git", "commit", "--quiet", "--message", "photos")
+
+    sweep = ("-S", "data.name=mine,miniature", "-S", "finetune.context=none")
+    dvc(project, "exp", "run", "--queue", *sweep)
     dvc(project, "exp", "run", "--run-all", "--jobs", "2")
-    rows = json.loads(dvc(project, "exp", "show", "--json"))
-    experiments = [
-        revision["data"]["params"]["params.yaml"]["data"]["data"]["shots"]
-        for commit in rows
-        for experiment in commit["experiments"] or []
-        for revision in experiment["revs"]
-        if revision["data"]["metrics"]["metrics/accuracy.json"]["data"]["lift"] is not None
-    ]
-    assert sorted(experiments) == [1, 2]
-    assert (project / "metrics/accuracy.json").exists()
+    accuracies = {}
+    for commit in json.loads(dvc(project, "exp", "show", "--json")):
+        for experiment in commit["experiments"] or []:
+            data = experiment["revs"][0]["data"]
+            name = data["params"]["params.yaml"]["data"]["data"]["name"]
+            accuracies[name] = data["metrics"]["metrics/accuracy.json"]["data"]
+    assert set(accuracies) == {"mine", "miniature"}
+    assert accuracies["mine"]["real_only"]["top1"] >= 50
+    assert read_params(project)["data"]["name"] == "miniature"
 
 
 @pytest.mark.slow

@@ -1,0 +1,82 @@
+"""A copy of this project, run by DVC at tiny settings."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from tests.conftest import ROOT
+
+TINY = {
+    "draw": {"classes": 2, "train_per_class": 4, "per_context": 1},
+    "data": {"shots": 2},
+    "finetune": {"epochs": 1, "batch_size": 2, "rank": 2},
+    "generate": {"images_per_class": 2, "steps": 2, "batch_size": 2},
+    "classify": {"epochs": 2, "seeds": [0], "batch_size": 4, "warmup_epochs": 1},
+    "benchmark": {"batch_sizes": [1], "repeats": 2},
+}
+
+
+def read_params(project):
+    return YAML(typ="safe").load((project / "params.yaml").read_text())
+
+
+def set_params(project, changes):
+    yaml = YAML()
+    values = yaml.load((project / "params.yaml").read_text())
+    for section, section_changes in changes.items():
+        values[section].update(section_changes)
+    with (project / "params.yaml").open("w") as file:
+        yaml.dump(values, file)
+
+
+def run(project, *command):
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DVC_NO_ANALYTICS": "1",
+        "GIT_AUTHOR_NAME": "t",
+        "GIT_AUTHOR_EMAIL": "t@example.org",
+        "GIT_COMMITTER_NAME": "t",
+        "GIT_COMMITTER_EMAIL": "t@example.org",
+    }
+    result = subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def dvc(project, *arguments):
+    return run(project, sys.executable, "-m", "dvc", *arguments)
+
+
+def ran(output):
+    return set(re.findall(r"Running stage '(\w+)'", output))
+
+
+def restored(output):
+    return set(re.findall(r"Stage '(\w+)' is cached - skipping run", output))
+
+
+def make_project(folder):
+    """A copy of what git tracks (and will track) here, as its own repository, at tiny settings."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    set_params(folder, TINY)
+    run(folder, "git", "init", "--quiet")
+    run(folder, "git", "add", "--all")
+    run(folder, "git", "commit", "--quiet", "--message", "tiny")
+    return folder
