@@ -79,11 +79,14 @@ def load(folder: Path, device: torch.device, lora: Path | None = None) -> Stable
 
 
 def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast a part's weights in place. After a LoRA is fused: fused in bf16 it would be rounded off.
+    """Keep the weights of products in `dtype`, in which autocast multiplies anyway.
 
-    diffusers' own `.to(dtype)` warns of parts to be kept in fp32 even where there are none.
+    Norms and embeddings stay in fp32: on the CPU a norm in bf16 refuses fp32 activations. To be
+    called after a LoRA is fused, because in bf16 its small changes would be rounded away.
     """
-    torch.nn.Module.to(module, dtype)
+    for part in module.modules():
+        if isinstance(part, torch.nn.Linear | torch.nn.Conv2d):
+            part.to(dtype)
 
 
 def resolution(pipeline: StableDiffusionPipeline) -> int:
