@@ -43,7 +43,7 @@ def _umask() -> int:
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target`; what is written there takes its place when the block ends well."""
+    """Yield a path beside `target` that takes its place when the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

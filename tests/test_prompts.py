@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from bob.data import Task
+from bob.draw import CONTEXTS
 from bob.errors import BobError
 from bob.files import write_jsonl
 from bob.generate import plan
@@ -18,6 +19,7 @@ from bob.prompts import (
     read_contexts,
     write_bank,
 )
+from tests.conftest import ROOT
 
 LEAVES, SKY = Context("green leaves", "perched"), Context("blue sky", "flying")
 BANK = [
@@ -63,6 +65,14 @@ def test_a_users_contexts_are_read_and_mistakes_named(tmp_path):
         path.write_text(content)
         with pytest.raises(BobError, match=told):
             read_contexts(path)
+
+
+def test_the_contexts_that_come_with_the_project_can_be_used():
+    files = sorted((ROOT / "data/contexts").glob("*.jsonl"))
+    assert files
+    for path in files:
+        known = {Context(background, pose) for background, pose in CONTEXTS}
+        assert set(read_contexts(path)) <= known
 
 
 def test_a_plan_is_a_prefix_of_a_longer_one_and_ignores_the_other_classes():
