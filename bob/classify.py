@@ -450,5 +450,5 @@ class Curves:
     def _write(self, prefix: str, rows: list[dict[str, float]]) -> None:
         for row in rows:
             self._live.step = row["step"]
-            for name in row.keys() - {"step"}:
+            for name in sorted(row.keys() - {"step"}):  # a set has another order each time
                 self._live.log_metric(f"{prefix}/{name}", row[name])
