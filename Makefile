@@ -7,7 +7,7 @@ READY := .venv/ready
 .PHONY: repro test setup
 repro: setup
 	dvc repro
-	@dvc metrics show
+	@dvc metrics show metrics/accuracy.json
 	@echo "Metrics:         metrics/*.json         (dvc metrics show, dvc metrics diff)"
 	@echo "Contact sheets:  results/audit/contact_sheets/   real and generated, side by side"
 	@echo "Plots:           dvc plots show --open"

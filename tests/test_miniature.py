@@ -168,13 +168,13 @@ def test_no_checkpoint_is_left_half_written(tmp_path, monkeypatch):
 
     def disk_full(value: object, path: Path) -> None:
         path.write_bytes(b"half")
-        raise OSError
+        raise OSError("disk full")
 
     def loss(module: nn.Module, generator: torch.Generator, count: int) -> torch.Tensor:
         return module(torch.ones(1, 1)).sum()
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match=""):
+    with pytest.raises(OSError, match="disk full"):
         miniature.fit("line", nn.Linear(1, 1), loss, recipe, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
