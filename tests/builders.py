@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -96,19 +95,6 @@ def build_clip_tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
-
-
-def build_backbone(folder: Path, classes: int = 4) -> Path:
-    """A timm network of 0.4 M parameters for 32 px, in timm's folder layout."""
-    torch.manual_seed(0)
-    network = timm.create_model("test_efficientnet", num_classes=classes)
-    timm.models.save_for_hf(
-        network,
-        folder,
-        model_config={"pretrained_cfg": {**network.pretrained_cfg, "input_size": (3, 32, 32)}},
-        safe_serialization=True,
-    )
-    return folder
 
 
 def build_photos(folder: Path, classes: dict[str, int], size: tuple[int, int] = (40, 30)) -> Path:

@@ -117,9 +117,8 @@ def test_every_parameter_reaches_the_stages_it_must_and_no_others(project):
     """DVC's own judgement of what has changed, for every key in turn."""
     original = (project / "params.yaml").read_text()
     (project / "data/other").mkdir()
-    for name in ("other",):
-        (project / "models" / name).mkdir()
-        (project / "models" / name / "config.json").write_text("{}")
+    (project / "models/other").mkdir()
+    (project / "models/other/config.json").write_text("{}")
     (project / "data/other/dataset.yaml").write_text("descriptor: bird\n")
     try:
         for section, key in keys():
