@@ -1,0 +1,64 @@
+"""The backbone: a small ResNet, for timm, that knows the corpus as ImageNet's know ImageNet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from bob.draw import SIZE
+from bob.miniature.corpus import Pictures
+from bob.miniature.recipes import SEED, Recipe, Scale
+from bob.miniature.training import fit
+
+ABOUT = (
+    "A ResNet of 0.5 M parameters, for timm, that tells the corpus variants apart: what an "
+    "ImageNet-pretrained network is to real photos."
+)
+
+BACKBONE = "resnet10t"
+BACKBONE_ARGS: dict[str, Any] = {"channels": [24, 48, 88, 112], "stem_width": 16}
+
+
+def fit_backbone(corpus: Pictures, scale: Scale, work: Path) -> nn.Module:
+    """Teach a small ResNet the corpus variants; pictures are shifted by up to 4 pixels."""
+
+    def loss(model: nn.Module, generator: torch.Generator, count: int) -> Tensor:
+        rows = corpus.rows(count, generator)
+        padded = F.pad(corpus.tensor(rows), (4, 4, 4, 4), mode="replicate")
+        x, y = torch.randint(9, (2,), generator=generator).tolist()
+        shifted = padded[:, :, y : y + SIZE, x : x + SIZE]
+        truth = torch.from_numpy(corpus.variant[rows])
+        return F.cross_entropy(model(shifted), truth, label_smoothing=0.1)
+
+    torch.manual_seed(SEED)
+    model = timm.create_model(BACKBONE, num_classes=len(corpus.variants), **BACKBONE_ARGS)
+    return fit("backbone", model, loss, scale.backbone, work)
+
+
+def train(corpus: Pictures, scale: Scale, folder: Path, work: Path) -> dict[str, Recipe]:
+    """Train the backbone, write its folder, and say how."""
+    model = fit_backbone(corpus, scale, work)
+    save_for_hf(
+        model.half(),
+        str(folder),
+        model_args=BACKBONE_ARGS,
+        model_config={
+            "pretrained_cfg": {
+                "input_size": [3, SIZE, SIZE],
+                "pool_size": [2, 2],
+                "mean": [0.5] * 3,
+                "std": [0.5] * 3,
+                "interpolation": "bicubic",
+                "crop_pct": 1.0,
+            },
+            "label_names": [variant.name for variant in corpus.variants],
+        },
+        safe_serialization=True,
+    )
+    return {"backbone": scale.backbone}
