@@ -13,7 +13,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 
 from bob import diffusion
 from bob.classifiers import Preprocessing, load_backbone, read_inputs
-from bob.data import Photo, open_image, read_photos, read_task
+from bob.data import Photo, batches, open_image, read_photos, read_task
 from bob.device import best_device
 from bob.files import replacing, write_json
 from bob.layout import AUDIT, BANK, GENERATE, SYNTHETIC_METRICS, TRAIN, VAL
@@ -171,8 +171,7 @@ def write_contact_sheets(
     folder.mkdir()
     real_of = _by_class((photo.class_name, Path(photo.path)) for photo in photos)
     generated_of = _by_class((image.class_name, GENERATE / image.file) for image in generated)
-    for number, start in enumerate(range(0, len(classes), SHEET_CLASSES), start=1):
-        rows = classes[start : start + SHEET_CLASSES]
+    for number, rows in enumerate(batches(classes, SHEET_CLASSES), start=1):
         _sheet(rows, real_of, generated_of).save(folder / f"{number:02d}.png")
 
 

@@ -5,7 +5,6 @@ to a GPU and back count. Both runtimes have the same threads and full float32 pr
 turns, so that whatever else the machine does hits both.
 """
 
-import csv
 import platform
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from bob.classifiers import (
 )
 from bob.data import read_photos
 from bob.device import best_device
-from bob.files import replacing, write_json
+from bob.files import replacing, write_csv, write_json
 from bob.params import Params
 
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -85,7 +84,8 @@ def run(params: Params) -> None:
         }
     with replacing(layout.BENCHMARK) as folder:
         for name, rows in tables.items():
-            _write_csv(folder / f"{name}.csv", rows)
+            values = ([*row.values()] for row in rows)
+            write_csv(folder / f"{name}.csv", [*rows[0]], values)
     write_json(layout.ONNX_METRICS, metrics)
     fastest = max(tables["onnxruntime"], key=lambda row: row["images_per_second"])
     click.echo(
@@ -201,10 +201,3 @@ def summarise(milliseconds: list[float], batch_size: int) -> dict[str, float]:
     percentiles = {f"p{p}_ms": round(float(np.percentile(milliseconds, p)), 3) for p in PERCENTILES}
     total = sum(milliseconds) / 1000
     return {**percentiles, "images_per_second": round(batch_size * len(milliseconds) / total, 1)}
-
-
-def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

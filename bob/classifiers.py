@@ -18,7 +18,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from bob.data import open_image
+from bob.data import batches, open_image
 from bob.errors import BobError
 from bob.files import read_json, write_json
 from bob.layout import CLASSIFY
@@ -94,9 +94,9 @@ def read_inputs(
     paths: Sequence[str | Path], preprocessing: Preprocessing, batch_size: int = 64
 ) -> Iterator[Tensor]:
     """Network inputs of the images, in order and in batches: float32 [<= batch_size, 3, H, W]."""
-    for start in range(0, len(paths), batch_size):
-        batch = [read_pixels(path, preprocessing) for path in paths[start : start + batch_size]]
-        yield normalise(torch.stack(batch), preprocessing)
+    for batch in batches(paths, batch_size):
+        pixels = [read_pixels(path, preprocessing) for path in batch]
+        yield normalise(torch.stack(pixels), preprocessing)
 
 
 # --- networks -----------------------------------------------------------------------------------

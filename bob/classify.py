@@ -12,7 +12,7 @@ validation loss, then the earlier; without validation photos it is the last. Lon
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -54,6 +54,12 @@ CROP_AREA = (0.5, 1.0)  # share of the image; smaller crops would lose the part 
 CROP_ASPECT = (3 / 4, 4 / 3)
 
 
+Result = dict[str, float | int | None]
+"""Of one run on validation: the epoch kept, its top1 and its loss."""
+Run = tuple[dict[str, Tensor], Result, list[dict[str, float]]]
+"""Of one training: weights, result and learning curves."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The training settings; `params.yaml` says what they mean."""
@@ -88,27 +94,20 @@ def run(params: Params) -> None:
     if not synthetic:
         click.echo(f"no synthetic images: {REAL_AND_SYNTHETIC} is {REAL_ONLY}")
 
-    results: dict[str, dict[str, dict[str, float | int | None]]] = {v: {} for v in VARIANTS}
+    def train_once(variant: str, images: TrainingImages | None, seed: int) -> Run:
+        torch.manual_seed(seed)  # the head's weights, dropout
+        model = load_backbone(settings.backbone, len(task.classes))
+        title = f"{variant}, seed {seed}"
+        return train(model, real, images, validation, recipe, seed, best_device(), title)
+
+    results: dict[str, dict[str, Result]] = {variant: {} for variant in VARIANTS}
     with replacing(layout.CLASSIFY) as folder:
         curves = Curves(folder / "curves")
         for seed in settings.seeds:
-            for variant in VARIANTS:
-                if variant == REAL_ONLY or synthetic:
-                    torch.manual_seed(seed)  # the head's weights, dropout
-                    model = load_backbone(settings.backbone, len(task.classes))
-                    run_curves: list[dict[str, float]] = []
-                    weights, result = train(
-                        model,
-                        real,
-                        synthetic if variant == REAL_AND_SYNTHETIC else None,
-                        validation,
-                        recipe,
-                        seed,
-                        best_device(),
-                        run_curves.append,
-                        title=f"{variant}, seed {seed}",
-                    )
-                curves.add(variant, seed, run_curves)
+            run = train_once(REAL_ONLY, None, seed)
+            both = train_once(REAL_AND_SYNTHETIC, synthetic, seed) if synthetic else run
+            for variant, (weights, result, rows) in ((REAL_ONLY, run), (REAL_AND_SYNTHETIC, both)):
+                curves.add(variant, seed, rows)
                 write_weights(folder, variant, seed, weights, describe_network(backbone))
                 results[variant][str(seed)] = result
         curves.end()
@@ -269,13 +268,12 @@ def train(
     recipe: Recipe,
     seed: int,
     device: torch.device,
-    log: Callable[[dict[str, float]], None],
     title: str = "",
-) -> tuple[dict[str, Tensor], dict[str, float | int | None]]:
-    """Train `model` and return the kept epoch's weights (CPU) and its validation result.
+) -> Run:
+    """Train `model`; returns the kept epoch's weights (CPU), its validation result and the curves.
 
-    `log` gets a dict for every epoch: step (the epoch's number, from 0), train_loss and, where it
-    was validated, val_top1 (percent) and val_loss. The result has the keys epoch, top1 and loss.
+    The curves have a row for every epoch: step (the epoch's number, from 0), train_loss and, where
+    it was validated, val_top1 (percent) and val_loss. The result has the keys epoch, top1 and loss.
     """
     # On a CPU that has bf16, convolutions were no faster in it, and small ones ten times slower.
     on_cpu = recipe.precision == "auto" and device.type == "cpu"
@@ -297,7 +295,8 @@ def train(
     validate_every = math.ceil(recipe.epochs / VALIDATIONS)
     step, best = 0, (-1.0, 0.0)
     weights: dict[str, Tensor] = {}
-    result: dict[str, float | int | None] = {}
+    result: Result = {}
+    curves: list[dict[str, float]] = []
 
     for epoch in tqdm(range(recipe.epochs), desc=title, unit="epoch", disable=None):
         to_train_mode(model)
@@ -341,11 +340,11 @@ def train(
             if not weights or score > best:
                 best, weights = score, _copy_of_weights(model)
                 result = {"epoch": epoch, "top1": row["val_top1"], "loss": row["val_loss"]}
-        log(row)
+        curves.append(row)
     if not validation:
         weights = _copy_of_weights(model)
         result = {"epoch": recipe.epochs - 1, "top1": None, "loss": None}
-    return weights, result
+    return weights, result, curves
 
 
 def to_train_mode(model: nn.Module) -> None:

@@ -368,7 +368,7 @@ class _Fuselage:
     def __init__(self, body: Body):
         self.length = {"short": 38.0, "medium": 44.0, "long": 51.0}[body.length]
         self.half_height = {"slim": 3.1, "normal": 4.2, "fat": 5.6}[body.girth]
-        nose_share = {"round": 0.16, "pointed": 0.36, "blunt": 0.07}[body.nose]
+        nose_share = {"round": 0.20, "pointed": 0.38, "blunt": 0.05}[body.nose]
         position = np.linspace(0, 1, self.STATIONS)  # 0 at the tail, 1 at the nose
         self.x = (position - 0.5) * self.length
         towards_tail = np.clip((0.34 - position) / 0.34, 0, 1)
@@ -440,9 +440,10 @@ def _draw_fuselage(sketch: _Sketch, fuselage: _Fuselage, body: Body, livery: _Li
     sketch.polygon(fuselage.band(0.62, 0.88), _scaled(livery.fuselage, 1.15), outline=1)
     sketch.polygon(fuselage.band(-0.5, -0.22), livery.accent, outline=1)
     if body.cabin in ("windows", "hump"):
-        for position in np.arange(0.30, 0.86, 2.6 / fuselage.length):
+        # Few and large: what is smaller than three pixels is lost in an autoencoder's latents.
+        for position in np.arange(0.28, 0.82, 5.2 / fuselage.length):
             x = fuselage.x_at(float(position))
-            window = [(x, 0.0), (x + 1.4, 0.0), (x + 1.4, 1.7), (x, 1.7)]
+            window = [(x, -0.4), (x + 3.0, -0.4), (x + 3.0, 2.4), (x, 2.4)]
             sketch.polygon(window, (60, 70, 90), outline=1)
     if body.cabin != "canopy":
         sketch.polygon(fuselage.band(0.15, 0.72, 0.86, 0.94), (52, 72, 98), outline=1)

@@ -1,8 +1,7 @@
 """Stage `evaluate`: the classifiers' accuracy on the test photos, which nothing else has seen."""
 
-import csv
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -22,7 +21,7 @@ from bob.classifiers import (
 from bob.data import Photo, read_photos
 from bob.device import best_device
 from bob.errors import BobError
-from bob.files import replacing, write_json
+from bob.files import replacing, write_csv, write_json
 from bob.params import Params
 
 Predictions = dict[str, dict[int, list[str]]]
@@ -110,7 +109,7 @@ def _write_plots(
     folder: Path, classes: Sequence[str], photos: Sequence[Photo], predictions: Predictions
 ) -> None:
     for variant, seeds in predictions.items():
-        _write_csv(
+        write_csv(
             folder / "predictions" / f"{variant}.csv",
             ["image", "seed", "actual", "predicted"],
             (
@@ -119,7 +118,7 @@ def _write_plots(
                 for photo, name in zip(photos, named, strict=True)
             ),
         )
-        _write_csv(
+        write_csv(
             folder / "per_class" / f"{variant}.csv",
             ["class", "top1"],
             (
@@ -128,7 +127,7 @@ def _write_plots(
                 if any(photo.class_name == class_name for photo in photos)
             ),
         )
-        _write_csv(
+        write_csv(
             folder / "per_seed" / f"{variant}.csv",
             ["seed", "top1"],
             ([seed, round(top1(photos, named), 2)] for seed, named in seeds.items()),
@@ -140,14 +139,6 @@ def _class_top1(class_name: str, photos: Sequence[Photo], seeds: dict[int, list[
     return _mean(
         [100 * sum(named[i] == class_name for i in own) / len(own) for named in seeds.values()]
     )
-
-
-def _write_csv(path: Path, header: list[str], rows: Iterable[Sequence[object]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def _summary(metrics: dict[str, float | dict[str, float]], photos: int) -> str:

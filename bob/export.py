@@ -7,6 +7,8 @@ Input `image` is float32 [batch, 3, height, width], normalised; output `logits` 
 import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -106,20 +108,17 @@ def _strip_origin(proto: onnx.ModelProto) -> None:
             item.ClearField("doc_string")
 
 
-class _quiet:  # noqa: N801  a context manager, used like a function
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
     """Loggers that only tell of errors while the block runs."""
-
-    def __init__(self, *names: str) -> None:
-        self._loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
-            logger.setLevel(level)
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def check_onnx(path: Path, model: nn.Module, inputs: Tensor) -> float:

@@ -26,15 +26,22 @@ BACKBONE_ARGS: dict[str, Any] = {"channels": [24, 48, 88, 112], "stem_width": 16
 
 
 def fit_backbone(corpus: Pictures, scale: Scale, work: Path) -> nn.Module:
-    """Teach a small ResNet the corpus variants; pictures are shifted by up to 4 pixels."""
+    """Teach a small ResNet the corpus variants.
+
+    Pictures are shifted by up to 4 pixels and softened by a resize to as little as 60 %, so that
+    it looks at parts and not at grain.
+    """
 
     def loss(model: nn.Module, generator: torch.Generator, count: int) -> Tensor:
         rows = corpus.rows(count, generator)
         padded = F.pad(corpus.tensor(rows), (4, 4, 4, 4), mode="replicate")
         x, y = torch.randint(9, (2,), generator=generator).tolist()
         shifted = padded[:, :, y : y + SIZE, x : x + SIZE]
+        side = int(torch.randint(round(0.6 * SIZE), SIZE + 1, (), generator=generator))
+        smaller = F.interpolate(shifted, (side, side), mode="bilinear", antialias=True)
+        softened = F.interpolate(smaller, (SIZE, SIZE), mode="bilinear")
         truth = torch.from_numpy(corpus.variant[rows])
-        return F.cross_entropy(model(shifted), truth, label_smoothing=0.1)
+        return F.cross_entropy(model(softened), truth, label_smoothing=0.1)
 
     torch.manual_seed(SEED)
     model = timm.create_model(BACKBONE, num_classes=len(corpus.variants), **BACKBONE_ARGS)

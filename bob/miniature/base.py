@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import bob.draw
 from bob.draw import BACKGROUNDS, CONTEXTS, DESCRIPTOR, POSES, SIZE, Variant
 from bob.files import replacing_file
+from bob.miniature.backbone import fit_backbone
 from bob.miniature.corpus import Pictures
 from bob.miniature.formats import declare_float32, merges, write_vocabulary
 from bob.miniature.recipes import SEED, Recipe, Scale
@@ -50,30 +52,53 @@ def new_autoencoder() -> AutoencoderTiny:
 
 # The decoder learns to bear small errors: the UNet's latents are never quite right.
 DECODER_NOISE = 0.07
+PERCEPTUAL_WEIGHT = 0.1
 
 
-def fit_autoencoder(corpus: Pictures, scale: Scale, work: Path) -> AutoencoderTiny:
-    """L1 on pixels and on the differences of neighbours, which hold the edges.
+def fit_autoencoder(
+    corpus: Pictures, network: nn.Module, scale: Scale, work: Path
+) -> AutoencoderTiny:
+    """L1 on pixels and on the differences of neighbours, and distance in a network's features.
 
-    Latents come out with about zero mean and unit variance per channel.
+    The latter as in Stable Diffusion's own autoencoder: without it the small parts that tell
+    variants apart are the first to be lost. Latents come out with about zero mean and unit
+    variance per channel.
     """
+    network.eval().requires_grad_(False)
 
     def loss(autoencoder: AutoencoderTiny, generator: torch.Generator, count: int) -> Tensor:
         pixels = corpus.tensor(corpus.rows(count, generator))
         latents = autoencoder.encode(pixels).latents.float()
         noisy = latents + DECODER_NOISE * torch.randn(latents.shape, generator=generator)
-        error = autoencoder.decode(noisy).sample.float() - pixels
+        rebuilt = autoencoder.decode(noisy).sample.float()
+        error = rebuilt - pixels
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         # Diffusion wants standardized latents, and a scaling factor alone cannot centre them.
         standard = mean.square().mean() + (std - 1).square().mean()
-        return error.abs().mean() + edges + 0.01 * standard
+        seen = PERCEPTUAL_WEIGHT * perceptual_distance(network, rebuilt, pixels)
+        return error.abs().mean() + edges + seen + 0.01 * standard
 
     torch.manual_seed(SEED)
     autoencoder = fit("autoencoder", new_autoencoder(), loss, scale.autoencoder, work)
     latents = _encode(autoencoder, corpus, slice(0, len(corpus), max(1, len(corpus) // 512)))
     autoencoder.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return autoencoder
+
+
+def perceptual_distance(network: Any, one: Tensor, other: Tensor) -> Tensor:
+    """Squared distance of unit-length features (Zhang et al. 2018), summed over four stages."""
+    distances = [
+        (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
+        for a, b in zip(
+            *(
+                network.forward_intermediates(x, indices=[0, 1, 2, 3], intermediates_only=True)
+                for x in (one, other)
+            ),
+            strict=True,
+        )
+    ]
+    return torch.stack(distances).sum()
 
 
 @torch.inference_mode()
@@ -346,7 +371,9 @@ def write_base(
 
 def train(corpus: Pictures, scale: Scale, folder: Path, work: Path) -> dict[str, Recipe]:
     """Train autoencoder, text encoder and UNet, write the folder, and say how."""
-    autoencoder = fit_autoencoder(corpus, scale, work)
+    # Trained already, as one of the models, or else trained now.
+    network = fit_backbone(corpus, scale, work)
+    autoencoder = fit_autoencoder(corpus, network, scale, work)
     tokenizer = corpus_tokenizer(corpus.variants)
     text_encoder = fit_text_encoder(corpus, tokenizer, scale, work)
     unet = fit_unet(corpus, autoencoder, text_encoder, tokenizer, scale, work)
