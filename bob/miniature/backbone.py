@@ -25,11 +25,16 @@ BACKBONE = "resnet10t"
 BACKBONE_ARGS: dict[str, Any] = {"channels": [24, 48, 88, 112], "stem_width": 16}
 
 
-def fit_backbone(corpus: Pictures, scale: Scale, work: Path) -> nn.Module:
+SOFTENED = 0.5  # share of the backbone's batches
+
+
+def fit_network(
+    name: str, corpus: Pictures, recipe: Recipe, softened: float, work: Path
+) -> nn.Module:
     """Teach a small ResNet the corpus variants.
 
-    Pictures are shifted by up to 4 pixels and softened by a resize to as little as 60 %, so that
-    it looks at parts and not at grain.
+    Pictures are shifted by up to 4 pixels, and a share of the batches is `softened` by a resize
+    to as little as 60 %, so that it looks at parts and not at grain.
     """
 
     def loss(model: nn.Module, generator: torch.Generator, count: int) -> Tensor:
@@ -39,18 +44,19 @@ def fit_backbone(corpus: Pictures, scale: Scale, work: Path) -> nn.Module:
         shifted = padded[:, :, y : y + SIZE, x : x + SIZE]
         side = int(torch.randint(round(0.6 * SIZE), SIZE + 1, (), generator=generator))
         smaller = F.interpolate(shifted, (side, side), mode="bilinear", antialias=True)
-        softened = F.interpolate(smaller, (SIZE, SIZE), mode="bilinear")
+        if torch.rand((), generator=generator) < softened:
+            shifted = F.interpolate(smaller, (SIZE, SIZE), mode="bilinear")
         truth = torch.from_numpy(corpus.variant[rows])
-        return F.cross_entropy(model(softened), truth, label_smoothing=0.1)
+        return F.cross_entropy(model(shifted), truth, label_smoothing=0.1)
 
     torch.manual_seed(SEED)
     model = timm.create_model(BACKBONE, num_classes=len(corpus.variants), **BACKBONE_ARGS)
-    return fit("backbone", model, loss, scale.backbone, work)
+    return fit(name, model, loss, recipe, work)
 
 
 def train(corpus: Pictures, scale: Scale, folder: Path, work: Path) -> dict[str, Recipe]:
     """Train the backbone, write its folder, and say how."""
-    model = fit_backbone(corpus, scale, work)
+    model = fit_network("backbone", corpus, scale.backbone, SOFTENED, work)
     save_for_hf(
         model.half(),
         str(folder),

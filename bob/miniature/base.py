@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import bob.draw
 from bob.draw import BACKGROUNDS, CONTEXTS, DESCRIPTOR, POSES, SIZE, Variant
 from bob.files import replacing_file
-from bob.miniature.backbone import fit_backbone
+from bob.miniature.backbone import fit_network
 from bob.miniature.corpus import Pictures
 from bob.miniature.formats import declare_float32, merges, write_vocabulary
 from bob.miniature.recipes import SEED, Recipe, Scale
@@ -371,14 +371,15 @@ def write_base(
 
 def train(corpus: Pictures, scale: Scale, folder: Path, work: Path) -> dict[str, Recipe]:
     """Train autoencoder, text encoder and UNet, write the folder, and say how."""
-    # Trained already, as one of the models, or else trained now.
-    network = fit_backbone(corpus, scale, work)
+    # Not the backbone, which is to judge what comes of it.
+    network = fit_network("perceptual", corpus, scale.perceptual, 1, work)
     autoencoder = fit_autoencoder(corpus, network, scale, work)
     tokenizer = corpus_tokenizer(corpus.variants)
     text_encoder = fit_text_encoder(corpus, tokenizer, scale, work)
     unet = fit_unet(corpus, autoencoder, text_encoder, tokenizer, scale, work)
     write_base(unet, text_encoder, tokenizer, autoencoder, folder)
     return {
+        "perceptual": scale.perceptual,
         "autoencoder": scale.autoencoder,
         "text_encoder": scale.text_encoder,
         "unet": scale.unet,
