@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,10 @@ class Stage:
                 out.def_path for out in stage.outs if not out.annot.meta.get("deterministic", True)
             ),
         )
+
+    def output_of(self, path: str) -> str:
+        """The output that the file at `path` belongs to."""
+        return next(out for out in self.outs if _within_any(path, (out,)))
 
 
 @dataclass(frozen=True)
@@ -159,11 +163,11 @@ def check(stage: Stage, root: Path) -> list[str]:
         written = _difference(before, sandbox.listing())
         found += [
             f"changes {paths}, which it depends on; write to outputs only"
-            for paths in _by_folder(path for path in written if path in before)
+            for paths in _grouped(path for path in written if path in before)
         ]
         found += [
             f"writes {paths}, which is not declared; add it to stages.{stage.name}.outs"
-            for paths in _by_folder(path for path in written if path not in before)
+            for paths in _grouped(path for path in written if path not in before)
         ]
         found += differing(stage, run, root, sandbox)
         found += [
@@ -313,7 +317,7 @@ def differing(stage: Stage, run: Run, root: Path, sandbox: Sandbox) -> list[str]
         return [
             f"writes other bytes to {paths} in every run; make it deterministic, or declare the "
             "output with `meta: {deterministic: false}`"
-            for paths in _by_folder(changing)
+            for paths in _grouped(changing, stage.output_of)
         ]
     with _repo(root) as repo:
         stale = repo.status(targets=[stage.name])
@@ -322,7 +326,7 @@ def differing(stage: Stage, run: Run, root: Path, sandbox: Sandbox) -> list[str]
         if stale
         else f"makes another {paths} than the workspace has: it reads what is not declared, or "
         f"that was made elsewhere; run `dvc repro -f -s {stage.name}` and verify again"
-        for paths in _by_folder(different)
+        for paths in _grouped(different, stage.output_of)
     ]
 
 
@@ -364,11 +368,11 @@ def _difference(one: Mapping[str, object], other: Mapping[str, object]) -> list[
     return sorted(path for path in one.keys() | other.keys() if one.get(path) != other.get(path))
 
 
-def _by_folder(paths: Iterable[str]) -> Iterator[str]:
-    """The first path of each folder and how many there are besides: a line is enough for them."""
-    for _, group in itertools.groupby(sorted(paths, key=os.path.split), os.path.dirname):
-        first, *others = group
-        yield f"{first} (and {len(others)} more there)" if others else first
+def _grouped(paths: Iterable[str], group: Callable[[str], str] = os.path.dirname) -> Iterator[str]:
+    """The first path of each group and how many there are besides: a line is enough for them."""
+    for _, members in itertools.groupby(sorted(paths, key=lambda path: (group(path), path)), group):
+        first, *others = members
+        yield f"{first} (and {len(others)} more)" if others else first
 
 
 def _project_files(opened: Iterable[str], folder: Path, root: Path) -> list[str]:

@@ -291,7 +291,7 @@ def test_bytes_that_differ_from_run_to_run_are_named_unless_declared(project):
     write = "(SPLIT / f'{number}.txt').write_text(str(hash('bob')))"
     plant(project, after=f"for number in range(3): {write}")
     assert findings() == [
-        "writes other bytes to results/split/0.txt (and 2 more there) in every run; make it "
+        "writes other bytes to results/split/0.txt (and 2 more) in every run; make it "
         "deterministic, or declare the output with `meta: {deterministic: false}`"
     ]
     text = (project / "dvc.yaml").read_text()
