@@ -79,6 +79,20 @@ def fetch(model: str, folder: Path) -> None:
 
 
 @cli.command()
+@click.argument("stages", nargs=-1, metavar="[STAGE]...")
+def verify(stages: tuple[str, ...]) -> None:
+    """Check that stages touch what dvc.yaml declares for them, and nothing else.
+
+    Runs each stage (all, if none is named) in a temporary folder that holds only its declared
+    dependencies and params. Needs what `dvc repro` makes. Exits with status 1 on a finding.
+    """
+    from bob.verify import verify as verify_stages
+
+    if not verify_stages(stages):
+        raise SystemExit(1)
+
+
+@cli.command()
 @click.option("--only", type=click.Choice(["base", "captioner", "backbone"]), help="One model.")
 @click.option("--measure", is_flag=True, help="Train nothing; measure what lies in models/.")
 @click.option("--tiny", is_flag=True, help="Run through everything in a minute, learning nothing.")
