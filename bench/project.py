@@ -1,0 +1,25 @@
+"""Copies of this project for a measurement, and what was made in them."""
+
+import shutil
+from pathlib import Path
+
+from bench.counted import made
+from bob.items import Index
+from tests.dvc_project import made_log
+
+
+def forget_items(project: Path) -> None:
+    """Empty a project's item cache, and take its objects from the DVC cache."""
+    cache = project / ".dvc/cache"
+    for row in Index(cache / "bob/items.sqlite").all():
+        (cache / "files/md5" / row.oid[:2] / row.oid[2:]).unlink(missing_ok=True)
+    shutil.rmtree(cache / "bob")
+
+
+def batches_made(project: Path, stage: str) -> list[int]:
+    """Sizes of the batches that a stage of a counted project began, since the last `clear_log`."""
+    return made(made_log(project)).get(stage, [])
+
+
+def clear_log(project: Path) -> None:
+    made_log(project).unlink(missing_ok=True)
