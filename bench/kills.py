@@ -89,8 +89,11 @@ def stage_of(dvc_process: psutil.Process) -> psutil.Process | None:
 
 def kill_and_rerun(
     project: Path, stage: str, target: str, after: float, need: int, expected: str
-) -> Kill:
-    """Begin with nothing made, kill `target` `after` seconds, run again to the end."""
+) -> Kill | None:
+    """Begin with nothing made, kill `target` `after` seconds, run again to the end.
+
+    Returns None where the target had ended before it could be killed.
+    """
     forget_items(project)
     clear_log(project)
     running = start(project, stage)
@@ -102,9 +105,12 @@ def kill_and_rerun(
         time.sleep(0.01)
     time.sleep(after)
     tree = [dvc_process, *_children(dvc_process)]
+    if running.poll() is not None or victim is None or not _alive(victim):
+        running.wait()
+        return None
     if target == "group":
         os.killpg(running.pid, signal.SIGKILL)
-    elif victim is not None and victim.is_running():
+    else:
         victim.kill()
     running.wait()
     _, left = psutil.wait_procs(tree, timeout=5)
@@ -153,7 +159,11 @@ def kills(project: Path, count: int, seed: int) -> Iterator[Kill]:
         stage = list(OUTPUTS)[number % 2]
         target = TARGETS[number // 2 % 3]
         seconds, need, expected = undisturbed[stage]
-        yield kill_and_rerun(project, stage, target, draw.uniform(0, seconds), need, expected)
+        kill = None
+        while kill is None:
+            after = draw.uniform(0, seconds)
+            kill = kill_and_rerun(project, stage, target, after, need, expected)
+        yield kill
 
 
 @click.command(help=__doc__)
