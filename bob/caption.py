@@ -38,19 +38,19 @@ def run(params: Params) -> None:
     """
     settings = params.caption
     task, photos = read_task(), read_photos(TRAIN)
-    model = Path(settings.model)
-    asked = captioner.Captioner(model, settings.precision, settings.batch_size)
+    folder = Path(settings.model)
+    model = captioner.Captioner(folder, settings.precision, settings.batch_size)
     items: list[Item] = []
     with ItemCache("caption") as cache:
-        common = asked.settings | {
-            "model": cache.content_hash(model),
+        common = model.settings | {
+            "model": cache.content_hash(folder),
             "code": code_hash(captioner.MADE_BY),
             "versions": versions(captioner.LIBRARIES),
         }
 
         def ask(photos: Sequence[Photo], question: str) -> list[str]:
             def make(numbers: list[int]) -> list[bytes]:
-                answers = asked.ask([photos[number] for number in numbers], question)
+                answers = model.ask([photos[number] for number in numbers], question)
                 return [answer.encode() for answer in answers]
 
             keys = [item_key(**common, photo=photo.sha256, question=question) for photo in photos]
@@ -77,8 +77,8 @@ def run(params: Params) -> None:
             f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}",
             file=sys.stderr,
         )
-    with replacing(CAPTION) as folder:
-        write_bank(folder / BANK.name, entries)
+    with replacing(CAPTION) as draft:
+        write_bank(draft / BANK.name, entries)
     write_items(CAPTION_ITEMS, items)
     distinct = len({entry.context for entry in entries if entry.context})
     print(

@@ -100,11 +100,12 @@ class Index:
     """Key -> object, in an SQLite file that several processes use at once.
 
     Every method is one transaction on a connection of its own, in SQLite's default journal mode,
-    which also works on shared folders. A damaged file is moved aside with a warning.
+    which also works on shared folders. A damaged file is moved aside with a warning. If `shared`,
+    users of the same group can write to it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
+        self.path, self._shared = path, shared
 
     def find(self, keys: Iterable[str]) -> list[Row]:
         """The rows of those keys that are there."""
@@ -185,9 +186,13 @@ class Index:
                 self._move_aside()
                 return self._attempt(work)
         except sqlite3.Error as error:
-            raise BobError(f"{self.path}, the index of the item cache: {error}") from None
+            path = os.path.relpath(self.path)
+            raise BobError(f"{path}, the index of the item cache: {error}") from None
 
     def _attempt(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if self._shared and not self.path.exists():
+            self.path.touch()
+            self.path.chmod(0o664)  # SQLite gives its journal the same
         # A minute, because a process may have been put to sleep in its transaction.
         with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as db:
             for statement in _SCHEMA:
@@ -211,8 +216,8 @@ class Index:
         self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
         self.path.replace(damaged)
         _warn(
-            f"{self.path} was damaged and is now {damaged.name}; items are made again, "
-            "or `bob cache adopt` finds those of this workspace"
+            f"{os.path.relpath(self.path)} was damaged and is now {damaged.name}; items are made "
+            "again, but for those of this workspace after `bob cache adopt`"
         )
 
 
@@ -252,7 +257,8 @@ class ItemCache:
         self._store = self._repo.cache.local
         folder = Path(self._repo.cache.local_cache_dir) / "bob"
         self._store.makedirs(str(folder))  # the store's own, so that a shared cache stays shared
-        self.index = Index(folder / "items.sqlite")
+        shared = self._repo.config["cache"].get("shared") == "group"
+        self.index = Index(folder / "items.sqlite", shared=shared)
         self._stage = stage
         self.reused, self.made = 0, 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from dvc.repo import Repo
 
 from bob import captioner, items, sampling
 from bob.cli import cli
@@ -218,13 +219,19 @@ def test_what_a_dead_process_had_begun_is_made_by_another(repository):
     assert take()[1] == list(range(10))
 
 
+def test_the_index_of_a_shared_cache_is_its_groups(repository):
+    with Repo() as repo, repo.config.edit("repo") as config:
+        config["cache"]["shared"] = "group"
+    take()
+    assert INDEX.stat().st_mode & 0o777 == 0o664
+    assert INDEX.parent.stat().st_mode & 0o7777 == 0o2775
+
+
 # --- the workspace ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kinds", [["hardlink"], ["symlink"], ["copy"], ["reflink", "copy"]])
 def test_files_are_placed_as_dvcs_cache_type_says(repository, kinds):
-    from dvc.repo import Repo
-
     with Repo() as repo, repo.config.edit("repo") as config:
         config["cache"]["type"] = kinds
     with ItemCache("test") as cache:
@@ -239,8 +246,6 @@ def test_files_are_placed_as_dvcs_cache_type_says(repository, kinds):
 
 
 def test_a_file_that_cannot_be_linked_is_copied(repository, monkeypatch):
-    from dvc.repo import Repo
-
     with Repo() as repo, repo.config.edit("repo") as config:
         config["cache"]["type"] = ["hardlink"]
 
@@ -400,9 +405,6 @@ def test_the_index_is_not_in_the_way_of_dvcs_garbage_collection(repository):
     take()
     (repository / "dvc.yaml").write_text("stages: {}\n")
     subprocess.run([sys.executable, "-m", "dvc", "gc", "-w", "-f", "-q"], check=True)
-    assert Index(INDEX).find(KEYS[:1]) == [Row(KEYS[0], *_oid_and_size(b"item 0"), "test")]
+    oid = hashlib.md5(b"item 0").hexdigest()
+    assert Index(INDEX).find(KEYS[:1]) == [Row(KEYS[0], oid, 6, "test")]
     assert take()[1] == list(range(10))
-
-
-def _oid_and_size(content):
-    return hashlib.md5(content).hexdigest(), len(content)
