@@ -94,7 +94,7 @@ def kill_and_rerun(
 
     Returns None where the target had ended before it could be killed.
     """
-    forget_items(project)
+    forget_items(project, stage)
     clear_log(project)
     running = start(project, stage)
     dvc_process = psutil.Process(running.pid)
@@ -148,7 +148,7 @@ def kills(project: Path, count: int, seed: int) -> Iterator[Kill]:
     dvc(project, "repro", "generate")
     undisturbed = {}
     for stage in OUTPUTS:
-        forget_items(project)
+        forget_items(project, stage)
         clear_log(project)
         began = time.monotonic()
         if start(project, stage).wait():

@@ -1,6 +1,5 @@
 """Copies of this project for a measurement, and what was made in them."""
 
-import shutil
 from pathlib import Path
 
 from bench.counted import made
@@ -8,12 +7,15 @@ from bob.items import Index
 from tests.dvc_project import made_log
 
 
-def forget_items(project: Path) -> None:
-    """Empty a project's item cache, and take its objects from the DVC cache."""
+def forget_items(project: Path, stage: str) -> None:
+    """Take a stage's items from a project's item cache, and their objects from the DVC cache."""
     cache = project / ".dvc/cache"
-    for row in Index(cache / "bob/items.sqlite").all():
+    index = Index(cache / "bob/items.sqlite")
+    rows = [row for row in index.all() if row.stage == stage]
+    for row in rows:
         (cache / "files/md5" / row.oid[:2] / row.oid[2:]).unlink(missing_ok=True)
-    shutil.rmtree(cache / "bob")
+    index.drop(rows)
+    index.drop_started()
 
 
 def batches_made(project: Path, stage: str) -> list[int]:

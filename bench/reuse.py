@@ -61,7 +61,7 @@ def more_images(project: Path, *, timed: bool) -> Iterator[Finding]:
     _, second, seconds = repro(project, "generate", images_per_class=whole)
     shutil.rmtree(project / ".dvc/cache/runs")
     _, back, _ = repro(project, "generate", images_per_class=half)
-    forget_items(project)
+    forget_items(project, "generate")
     shutil.rmtree(project / ".dvc/cache/runs")
     _, everything, seconds_of_all = repro(project, "generate", images_per_class=whole)
     yield Finding(
