@@ -12,7 +12,6 @@ import click
 
 from bob import params
 from bob.errors import BobError
-from bob.parent import die_with_dvc
 
 STAGES = {
     "draw": "Draw the embedded miniature dataset into data/miniature.",
@@ -53,6 +52,8 @@ def _add_stage(name: str, help_line: str) -> None:
     @cli.command(name, help=help_line, short_help=help_line)
     def run_stage() -> None:
         if "DVC_STAGE" in os.environ:
+            from bob.parent import die_with_dvc
+
             die_with_dvc()
         stage_params = params.for_stage(name)
         # Models are local folders: nothing in a stage may reach for a hub, or wait for one.

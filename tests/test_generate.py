@@ -134,7 +134,7 @@ def test_a_damaged_image_in_the_cache_is_made_again_to_the_same_bytes(project, c
     assert run(capsys) == (before, 3, 1)
 
 
-def test_the_list_of_items_names_every_image_and_no_stage_depends_on_it(project, capsys):
+def test_the_list_of_items_names_every_image_and_the_manifest_no_key(project, capsys):
     run(capsys)
     listed = read_items(GENERATED_ITEMS)
     assert [item.file for item in listed] == [
