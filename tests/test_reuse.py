@@ -57,12 +57,12 @@ def test_other_code_that_gives_the_same_answers_stops_the_wave(project):
 def test_a_clone_that_pulls_adopts_the_items(project, tmp_path):
     dvc(project, "repro", "generate")
     dvc(project, "remote", "add", "--default", "--force", "storage", str(tmp_path / "storage"))
-    dvc(project, "push", "generate", "caption")
+    dvc(project, "push", "--with-deps", "generate")
     run(project, "git", "add", "--all")
     run(project, "git", "commit", "--quiet", "--message", "pushed")
     clone = tmp_path / "clone"
     run(tmp_path, "git", "clone", "--quiet", str(project), str(clone))
-    dvc(clone, "pull", "generate", "caption")
+    dvc(clone, "pull", "--with-deps", "generate")
     output = run(clone, sys.executable, "-m", "bob", "cache", "adopt")
     images = sum(1 for _ in (project / "results/generate/images").rglob("*.png"))
     answers = len((project / "results/items/caption.jsonl").read_text().splitlines())
