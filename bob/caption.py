@@ -5,15 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from PIL import Image
-from tqdm import tqdm
-
-from bob.data import Photo, Task, batches, open_image, read_photos, read_task
-from bob.device import best_device, resolve_precision
-from bob.errors import BobError
+from bob import captioner
+from bob.data import Photo, Task, read_photos, read_task
 from bob.files import replacing
-from bob.layout import BANK, CAPTION, TRAIN
+from bob.items import Item, ItemCache, code_hash, item_key, versions, write_items
+from bob.layout import BANK, CAPTION, CAPTION_ITEMS, TRAIN
 from bob.params import Params
 from bob.prompts import Context, Entry, write_bank
 
@@ -29,67 +25,46 @@ INSISTENCE = (
     ". Do not say which {descriptor} it is",
     ". Answer in at most three words, and do not say which {descriptor} it is",
 )
-MAX_NEW_TOKENS = 32
 MAX_WORDS = 12  # two phrases and a class name have to fit into CLIP's 77 tokens
 
-Ask = Callable[[Sequence[Image.Image], str], list[str]]
-"""Images of one batch and a question -> the raw answers."""
-
-
-class Captioner:
-    """An image-text-to-text model from a folder that transformers loads."""
-
-    def __init__(self, folder: Path, precision: str) -> None:
-        """Load the model; raises BobError naming the folder where it is no such model."""
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        self.device = best_device()
-        dtype = resolve_precision(precision, self.device)
-        try:
-            self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError) as error:
-            raise BobError(
-                f"caption.model {folder} is no image-text-to-text model that transformers loads "
-                f"({' '.join(str(error).split())[:200]})"
-            ) from None
-        self.model = model.eval().to(self.device)
-        # The answer starts where the question ends, so padding goes before the question.
-        self.processor.tokenizer.padding_side = "left"
-
-    @torch.inference_mode()
-    def ask(self, images: Sequence[Image.Image], question: str) -> list[str]:
-        """Ask one question of every PIL image, greedily; returns the raw answers."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        inputs = self.processor(
-            text=[text] * len(images),
-            images=[[image] for image in images],
-            padding=True,
-            return_tensors="pt",
-        ).to(self.device, dtype=self.model.dtype)
-        output = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        answers = output[:, inputs["input_ids"].shape[1] :]
-        return self.processor.batch_decode(answers, skip_special_tokens=True)
+Ask = Callable[[Sequence[Photo], str], list[str]]
+"""Photos and a question -> the raw answers."""
 
 
 def run(params: Params) -> None:
-    """Write the caption bank of the shots to `results/caption/bank.jsonl`."""
+    """Write the caption bank of the shots to `results/caption/bank.jsonl`.
+
+    Answers that this repository has had before come from the item cache.
+    """
+    settings = params.caption
     task, photos = read_task(), read_photos(TRAIN)
-    captioner = Captioner(Path(params.caption.model), params.caption.precision)
-    answers = {
-        attribute: accepted_answers(
-            captioner.ask, photos, attribute, task, params.caption.batch_size
-        )
-        for attribute in ATTRIBUTES
-    }
+    folder = Path(settings.model)
+    model = captioner.Captioner(folder, settings.precision, settings.batch_size)
+    items: list[Item] = []
+    with ItemCache("caption") as cache:
+        common = model.settings | {
+            "model": cache.content_hash(folder),
+            "code": code_hash(captioner.MADE_BY),
+            "versions": versions(captioner.LIBRARIES),
+        }
+
+        def ask(photos: Sequence[Photo], question: str) -> list[str]:
+            def make(numbers: list[int]) -> list[bytes]:
+                answers = model.ask([photos[number] for number in numbers], question)
+                return [answer.encode() for answer in answers]
+
+            keys = [item_key(**common, photo=photo.sha256, question=question) for photo in photos]
+            oids = cache.take(keys, make, settings.batch_size, "captioning")
+            answers = [cache.read(oid).decode() for oid in oids]
+            items.extend(map(Item, keys, oids, [None] * len(oids), answers))
+            return answers
+
+        accepted = {
+            attribute: accepted_answers(ask, photos, attribute, task) for attribute in ATTRIBUTES
+        }
     entries = []
     for index, photo in enumerate(photos):
-        background, pose = (answers[attribute].get(index) for attribute in ATTRIBUTES)
+        background, pose = (accepted[attribute].get(index) for attribute in ATTRIBUTES)
         context = Context(background, pose) if background and pose else None
         entries.append(Entry(photo.sha256, photo.class_name, context))
     without = [
@@ -102,14 +77,18 @@ def run(params: Params) -> None:
             f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}",
             file=sys.stderr,
         )
-    with replacing(CAPTION) as folder:
-        write_bank(folder / BANK.name, entries)
+    with replacing(CAPTION) as draft:
+        write_bank(draft / BANK.name, entries)
+    write_items(CAPTION_ITEMS, items)
     distinct = len({entry.context for entry in entries if entry.context})
-    print(f"caption: {len(photos)} photos, {distinct} distinct contexts")
+    print(
+        f"caption: {len(photos)} photos, {distinct} distinct contexts "
+        f"({cache.reused} answers reused, {cache.made} made)"
+    )
 
 
 def accepted_answers(
-    ask: Ask, photos: Sequence[Photo], attribute: str, task: Task, batch_size: int
+    ask: Ask, photos: Sequence[Photo], attribute: str, task: Task
 ) -> dict[int, str]:
     """Index of a photo -> accepted phrase for `attribute`; photos that got none are left out.
 
@@ -118,16 +97,15 @@ def accepted_answers(
     """
     accepted: dict[int, str] = {}
     for insistence in INSISTENCE:
-        question = (QUESTION + insistence).format(attribute=attribute, descriptor=task.descriptor)
         asked = [index for index in range(len(photos)) if index not in accepted]
-        for batch in tqdm(list(batches(asked, batch_size)), attribute, disable=None):
-            # Padded to full size: what a model says must not depend on how many are asked with it.
-            padded = batch + batch[-1:] * (batch_size - len(batch))
-            images = [open_image(photos[index].path) for index in padded]
-            for index, answer in zip(batch, ask(images, question), strict=False):
-                phrase = clean(answer, attribute)
-                if phrase and not names_class(answer, task.classes):
-                    accepted[index] = phrase
+        if not asked:
+            break
+        question = (QUESTION + insistence).format(attribute=attribute, descriptor=task.descriptor)
+        answers = ask([photos[index] for index in asked], question)
+        for index, answer in zip(asked, answers, strict=True):
+            phrase = clean(answer, attribute)
+            if phrase and not names_class(answer, task.classes):
+                accepted[index] = phrase
     return accepted
 
 

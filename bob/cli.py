@@ -51,6 +51,10 @@ def cli() -> None:
 def _add_stage(name: str, help_line: str) -> None:
     @cli.command(name, help=help_line, short_help=help_line)
     def run_stage() -> None:
+        if "DVC_STAGE" in os.environ:
+            from bob.parent import die_with_dvc
+
+            die_with_dvc()
         stage_params = params.for_stage(name)
         # Models are local folders: nothing in a stage may reach for a hub, or wait for one.
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -112,3 +116,45 @@ def miniature(only: str | None, measure: bool, tiny: bool, out: Path, work: Path
             print(f"{name}: {what}: {value}")
     else:
         models.train(out, work, "tiny" if tiny else "full", only)
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def cache(context: click.Context) -> None:
+    """Show the item cache: what was made here and is not made again."""
+    if context.invoked_subcommand:
+        return
+    from bob.items import ItemCache
+
+    with ItemCache() as items:
+        for line in items.summary():
+            click.echo(line)
+
+
+@cache.command()
+def prune() -> None:
+    """Forget the items whose object is gone, after `dvc gc`."""
+    from bob.items import ItemCache
+
+    with ItemCache() as items:
+        click.echo(f"{items.prune():,} items forgotten")
+
+
+@cache.command()
+@click.argument("lists", nargs=-1, type=click.Path(exists=True, path_type=Path))
+def adopt(lists: tuple[Path, ...]) -> None:
+    """Take in the items that LISTS name, after `dvc pull` or where the index was lost.
+
+    LISTS are the files results/items/<stage>.jsonl, by default those of the workspace.
+    """
+    from bob.items import ItemCache
+    from bob.layout import ITEMS
+
+    found = lists or sorted(ITEMS.glob("*.jsonl"))
+    if not found:
+        raise BobError(f"{ITEMS} holds no lists of items; `dvc pull` or `dvc checkout` brings them")
+    with ItemCache() as items:
+        for path in found:
+            adopted, missing = items.adopt(path)
+            gone = f", {missing:,} are nowhere in this workspace or its cache" if missing else ""
+            click.echo(f"{path}: {adopted:,} items adopted{gone}")

@@ -1,6 +1,7 @@
 """Files that are either whole or not there, and whose bytes depend on their content alone."""
 
 import csv
+import glob
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from bob.errors import BobError
 
@@ -21,12 +24,13 @@ def replacing(target: Path) -> Iterator[Path]:
     If the block raises, the folder is removed and what was at `target` stays as it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    _sweep(target)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", dir=target.parent))
     try:
         folder.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would follow the output to its consumers
         yield folder
         if target.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            old = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=target.parent))
             target.rename(old / target.name)
             folder.rename(target)
             shutil.rmtree(old)
@@ -34,6 +38,14 @@ def replacing(target: Path) -> Iterator[Path]:
             folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove the drafts that processes which were killed have left beside `target`."""
+    for draft in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        process = draft.name.removeprefix(f".{target.name}.").split(".")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
 
 def _umask() -> int:
@@ -46,6 +58,7 @@ def _umask() -> int:
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yield a path beside `target` that takes its place when the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield draft

@@ -4,21 +4,21 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from bob import diffusion
-from bob.data import Task, batches, read_task
-from bob.device import best_device, resolve_precision
+from bob import sampling
+from bob.data import Task, read_task
 from bob.files import replacing
-from bob.layout import BANK, GENERATE, GENERATED, LORA
-from bob.manifest import Generated, write_manifest
+from bob.items import Item, ItemCache, code_hash, item_key, versions, write_items
+from bob.layout import BANK, GENERATE, GENERATED, GENERATED_ITEMS, LORA
+from bob.manifest import Generated, check_files, write_manifest
 from bob.params import Params
 from bob.prompts import Entry, drawn_from, prompt, read_bank
 
 
 def run(params: Params) -> None:
-    """Write `results/generate`: images/<class>/NNNN.png and the manifest."""
+    """Write `results/generate`: images/<class>/NNNN.png and the manifest.
+
+    Images that this repository has made before come from the item cache.
+    """
     settings = params.generate
     planned = plan(
         read_task(),
@@ -27,12 +27,46 @@ def run(params: Params) -> None:
         images_per_class=settings.images_per_class,
         seed=settings.seed,
     )
-    with replacing(GENERATE) as folder:
-        (folder / "images").mkdir()
-        if planned:
-            _make(planned, folder, params)
-        write_manifest(folder / GENERATED.name, planned)
-    print(f"generate: {len(planned)} images, context from {settings.context}")
+    base_model = Path(params.finetune.base_model)
+    maker = sampling.ImageMaker(
+        base_model,
+        LORA,
+        sampler=settings.sampler,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        precision=settings.precision,
+        batch_size=settings.batch_size,
+    )
+
+    def make(numbers: list[int]) -> list[bytes]:
+        batch = [planned[number] for number in numbers]
+        return maker.make([image.prompt for image in batch], [image.seed for image in batch])
+
+    with ItemCache("generate") as cache:
+        common = maker.settings | {
+            "model": cache.content_hash(base_model),
+            "lora": cache.content_hash(LORA),
+            "code": code_hash(sampling.MADE_BY),
+            "versions": versions(sampling.LIBRARIES),
+        }
+        keys = [item_key(**common, prompt=image.prompt, seed=image.seed) for image in planned]
+        oids = cache.take(keys, make, settings.batch_size, "generating")
+        with replacing(GENERATE) as folder:
+            (folder / "images").mkdir()
+            cache.place(oids, [folder / image.file for image in planned])
+            write_manifest(folder / GENERATED.name, planned)
+            check_files(folder / GENERATED.name)
+    write_items(
+        GENERATED_ITEMS,
+        (
+            Item(key, oid, file=str(GENERATE / image.file))
+            for key, oid, image in zip(keys, oids, planned, strict=True)
+        ),
+    )
+    print(
+        f"generate: {len(planned)} images, context from {settings.context} "
+        f"({cache.reused} reused, {cache.made} made)"
+    )
 
 
 def plan(
@@ -65,32 +99,3 @@ def plan(
 def _hashed(*what: object) -> int:
     """A number that looks random, from what it is for: no state, so no order matters."""
     return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:16], "big")
-
-
-def _make(planned: Sequence[Generated], folder: Path, params: Params) -> None:
-    settings = params.generate
-    device = best_device()
-    dtype = resolve_precision(settings.precision, device)
-    pipeline = diffusion.load(Path(params.finetune.base_model), device, lora=LORA)
-    pipeline.scheduler = diffusion.SAMPLERS[settings.sampler](pipeline.scheduler.config)
-    embeddings = diffusion.encode_prompts(pipeline, ["", *(item.prompt for item in planned)])
-    diffusion.cast(pipeline.unet, dtype)
-    with tqdm(total=len(planned), desc="generating", unit="image", disable=None) as bar:
-        for batch in batches(planned, settings.batch_size):
-            # Padded to full size: an image's last bits depend on the batch's size, not on what
-            # else is in it, and so not on where the plan ends.
-            padded = batch + batch[-1:] * (settings.batch_size - len(batch))
-            images = diffusion.sample(
-                pipeline,
-                torch.stack([embeddings[item.prompt] for item in padded]),
-                embeddings[""],
-                [item.seed for item in padded],
-                steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                dtype=dtype,
-            )
-            for item, image in zip(batch, images, strict=False):
-                path = folder / item.file
-                path.parent.mkdir(exist_ok=True)
-                image.save(path)
-            bar.update(len(batch))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from bob.errors import BobError
@@ -56,3 +57,16 @@ def read_manifest(path: Path = GENERATED) -> list[Generated]:
         ]
     except KeyError as error:
         raise BobError(f"{path}: an image has no {error}; `dvc repro generate` makes it") from None
+
+
+def check_files(path: Path) -> None:
+    """Raise BobError unless the files beside a manifest are the images that it lists, each once."""
+    listed = sorted(image.file for image in read_manifest(path))
+    there = sorted(
+        file.relative_to(path.parent).as_posix()
+        for file in path.parent.rglob("*")
+        if file.is_file() and file != path
+    )
+    if listed != there:
+        wrong = set(listed) ^ set(there) or {one for one, two in pairwise(listed) if one == two}
+        raise BobError(f"manifest and files of the generated set differ: {min(wrong)}")

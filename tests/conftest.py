@@ -20,3 +20,12 @@ def workspace(tmp_path, monkeypatch):
     """An empty folder as the current directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def repository(workspace):
+    """An empty DVC repository as the current directory."""
+    from dvc.repo import Repo
+
+    Repo.init(no_scm=True).close()
+    return workspace

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from bench.counted import LOG
 from tests.conftest import ROOT
 
 TINY = {
@@ -34,8 +35,14 @@ def set_params(project, changes):
         yaml.dump(values, file)
 
 
-def run(project, *command):
-    environment = os.environ | {
+def made_log(project):
+    """Where the stages of a counted project log what they make."""
+    return project.with_name(f"{project.name}.made")
+
+
+def environment(project):
+    return os.environ | {
+        LOG: str(made_log(project).absolute()),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "DVC_NO_ANALYTICS": "1",
         "GIT_AUTHOR_NAME": "t",
@@ -43,8 +50,16 @@ def run(project, *command):
         "GIT_COMMITTER_NAME": "t",
         "GIT_COMMITTER_EMAIL": "t@example.org",
     }
+
+
+def run(project, *command):
     result = subprocess.run(
-        command, cwd=project, env=environment, capture_output=True, text=True, check=False
+        command,
+        cwd=project,
+        env=environment(project),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout + result.stderr
@@ -62,8 +77,11 @@ def restored(output):
     return set(re.findall(r"Stage '(\w+)' is cached - skipping run", output))
 
 
-def make_project(folder):
-    """A copy of what git tracks (and will track) here, as its own repository, at tiny settings."""
+def make_project(folder, settings=TINY, counted=False):
+    """A copy of what git tracks (and will track) here, as its own repository, at these settings.
+
+    If `counted`, its stages log what they make.
+    """
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -71,11 +89,15 @@ def make_project(folder):
         text=True,
         check=True,
     ).stdout
+    folder.mkdir(parents=True, exist_ok=True)
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file() and name != "dvc.lock":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
-    set_params(folder, TINY)
+    set_params(folder, settings)
+    if counted:
+        pipeline = folder / "dvc.yaml"
+        pipeline.write_text(pipeline.read_text().replace("-m bob ", "-m bench.counted "))
     run(folder, "git", "init", "--quiet")
     run(folder, "git", "add", "--all")
     run(folder, "git", "commit", "--quiet", "--message", "tiny")

@@ -10,6 +10,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from bob.cli import STAGES
+from bob.layout import ITEMS
 from tests.conftest import ROOT
 from tests.dvc_project import dvc, make_project, ran, read_params, restored, run, set_params
 
@@ -60,6 +61,15 @@ def imported_modules(module):
 def test_a_stage_depends_on_exactly_the_code_it_imports(stage):
     declared = {dep for dep in pipeline()["stages"][stage]["deps"] if dep.startswith("bob/")}
     assert declared == {f"bob/{name}.py" for name in imported_modules(stage) - {"params"}}
+
+
+def test_no_stage_depends_on_the_lists_of_items():
+    assert not [
+        dep
+        for stage in pipeline()["stages"].values()
+        for dep in stage["deps"]
+        if dep.startswith(str(ITEMS))
+    ]
 
 
 def test_the_pipeline_runs_the_command_lines_stages():

@@ -1,0 +1,523 @@
+"""The item cache: an action cache, over DVC's own object store, for what stages make one by one.
+
+DVC reuses whole stages. Inside a stage that must run, most items (an image, an answer) may have
+been made before: on another branch, in another experiment, in a run that was killed. This module
+maps an item's key, the hash of everything that decides it, to the content hash of the item's bytes.
+The bytes are an object in DVC's local cache, which every experiment of a repository shares; the map
+is an SQLite file beside it.
+
+An object is written before its row in the index, so a process that is killed leaves at worst an
+object without a row, and loses at most the batch it was making. Whatever is taken is hashed first:
+DVC itself does not notice an altered object.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import random
+import sqlite3
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from tqdm import tqdm
+
+from bob.errors import BobError
+from bob.files import read_jsonl, write_jsonl
+
+T = TypeVar("T")
+
+# --- keys --------------------------------------------------------------------------------------
+
+
+def item_key(**decided_by: object) -> str:
+    """SHA-256, in hex, of the canonical JSON of everything that decides an item's bytes.
+
+    To be left out: the item's place in its batch and its neighbours, which decide nothing because
+    every batch is padded to its full size; and the device and its number of threads, which decide
+    the last bits alone, so that one machine can go on with what another has made.
+    """
+    text = json.dumps(decided_by, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_hash(modules: Iterable[str]) -> str:
+    """Hash of what the named modules of bob do: comments, docstrings and layout do not count."""
+    hashed = hashlib.sha256()
+    for module in sorted(modules):
+        source = resources.files("bob").joinpath(f"{module}.py").read_text("utf-8")
+        hashed.update(f"{module}\n{_bare(source)}\n".encode())
+    return hashed.hexdigest()
+
+
+class _NoDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
+
+
+def _bare(source: str) -> str:
+    # Source again and not a dump of the tree: a dump differs from one Python to the next.
+    return ast.unparse(_NoDocstrings().visit(ast.parse(source)))
+
+
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Versions of the installed libraries, without the part that names the device they are for."""
+    return {library: metadata.version(library).partition("+")[0] for library in libraries}
+
+
+# --- the index ---------------------------------------------------------------------------------
+
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, oid TEXT NOT NULL,"
+    " size INTEGER NOT NULL, stage TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS started (key TEXT PRIMARY KEY) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS runs (stage TEXT PRIMARY KEY, reused INTEGER NOT NULL,"
+    " made INTEGER NOT NULL) WITHOUT ROWID",
+)
+_AMONG = "IN (SELECT value FROM json_each(?))"  # one parameter, however many keys
+
+
+@dataclass(frozen=True)
+class Row:
+    """One item in the index."""
+
+    key: str
+    oid: str
+    """MD5 of the item's bytes: the name of its object in DVC's cache."""
+    size: int
+    """Bytes."""
+    stage: str
+
+
+class Index:
+    """Key -> object, in an SQLite file that several processes use at once.
+
+    Every method is one transaction on a connection of its own, in SQLite's default journal mode,
+    which also works on shared folders. A damaged file is moved aside with a warning. If `shared`,
+    users of the same group can write to it.
+    """
+
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
+        self.path, self._shared = path, shared
+
+    def find(self, keys: Iterable[str]) -> list[Row]:
+        """The rows of those keys that are there."""
+        asked = json.dumps(list(keys))
+        query = f"SELECT key, oid, size, stage FROM items WHERE key {_AMONG}"
+        return self._transact(lambda db: [Row(*row) for row in db.execute(query, (asked,))])
+
+    def all(self) -> list[Row]:
+        """All rows, by stage and key."""
+        query = "SELECT key, oid, size, stage FROM items ORDER BY stage, key"
+        return self._transact(lambda db: [Row(*row) for row in db.execute(query)])
+
+    def start(self, keys: Sequence[str]) -> set[str]:
+        """Announce that these are about to be made.
+
+        Returns those of them that nobody has made or announced before, which are now announced.
+        """
+        asked = json.dumps(keys)
+
+        def announce(db: sqlite3.Connection) -> set[str]:
+            taken = db.execute(
+                f"SELECT key FROM items WHERE key {_AMONG} "
+                f"UNION SELECT key FROM started WHERE key {_AMONG}",
+                (asked, asked),
+            )
+            free = set(keys) - {key for (key,) in taken}
+            db.executemany("INSERT INTO started VALUES (?)", [(key,) for key in free])
+            return free
+
+        return self._transact(announce)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Record items, whose objects must be in place already."""
+
+        def insert(db: sqlite3.Connection) -> None:
+            db.executemany(
+                "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?)",
+                [(row.key, row.oid, row.size, row.stage) for row in rows],
+            )
+            db.executemany("DELETE FROM started WHERE key = ?", [(row.key,) for row in rows])
+
+        self._transact(insert)
+
+    def drop(self, rows: Iterable[Row]) -> None:
+        """Forget these rows, unless they have come to name another object since."""
+        pairs = [(row.key, row.oid) for row in rows]
+        self._transact(
+            lambda db: db.executemany("DELETE FROM items WHERE key = ? AND oid = ?", pairs)
+        )
+
+    def drop_started(self) -> None:
+        """Forget what was announced: who is alive announces again, batch by batch."""
+        self._transact(lambda db: db.execute("DELETE FROM started"))
+
+    def record_run(self, stage: str, reused: int, made: int) -> None:
+        """Remember what the last run of a stage reused and made."""
+        self._transact(
+            lambda db: db.execute(
+                "INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", (stage, reused, made)
+            )
+        )
+
+    def last_runs(self) -> dict[str, tuple[int, int]]:
+        """Stage -> how many items its last run reused and made."""
+        query = "SELECT stage, reused, made FROM runs"
+        return self._transact(
+            lambda db: {stage: (reused, made) for stage, reused, made in db.execute(query)}
+        )
+
+    def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do `work` in one transaction; raises BobError where the file cannot be used."""
+        try:
+            try:
+                return self._attempt(work)
+            except sqlite3.DatabaseError as error:
+                if not _damaged(error):
+                    raise
+                self._move_aside()
+                return self._attempt(work)
+        except sqlite3.Error as error:
+            path = os.path.relpath(self.path)
+            raise BobError(f"{path}, the index of the item cache: {error}") from None
+
+    def _attempt(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if self._shared and not self.path.exists():
+            self.path.touch()
+            self.path.chmod(0o664)  # SQLite gives its journal the same
+        # A minute, because a process may have been put to sleep in its transaction.
+        with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as db:
+            for statement in _SCHEMA:
+                db.execute(statement)
+            # At once for writing: two that read first and write then would lock each other out.
+            db.execute("BEGIN IMMEDIATE")
+            result = work(db)
+            db.execute("COMMIT")
+            return result
+
+    def _move_aside(self) -> None:
+        try:
+            # Another process may have moved it aside in the meantime, and this be the new one.
+            healthy = self._attempt(lambda db: db.execute("PRAGMA quick_check").fetchall())
+            if healthy == [("ok",)]:
+                return
+        except sqlite3.DatabaseError as error:
+            if not _damaged(error):
+                raise
+        damaged = self.path.with_suffix(".damaged")
+        self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
+        self.path.replace(damaged)
+        _warn(
+            f"{os.path.relpath(self.path)} was damaged and is now {damaged.name}; items are made "
+            "again, but for those of this workspace after `bob cache adopt`"
+        )
+
+
+def _damaged(error: sqlite3.DatabaseError) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest are details
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+# --- the cache ---------------------------------------------------------------------------------
+
+
+_TABLE = "{:<10}{:>10}{:>16}{:>8}{:>18}{:>8}"
+
+
+class ItemCache:
+    """The items of this repository; to be used in a `with` block.
+
+    `stage` names whose items are taken and made. Raises BobError outside a DVC repository.
+    """
+
+    def __init__(self, stage: str = "") -> None:
+        # Late: a stage's module must not wait for DVC when only its functions are wanted.
+        from dvc.exceptions import DvcException
+        from dvc.repo import Repo
+
+        try:
+            self._repo = Repo()
+        except DvcException as error:
+            raise BobError(
+                f"the item cache needs a DVC repository around {Path.cwd()}: "
+                f"{' '.join(str(error).split())}"
+            ) from None
+        self._store = self._repo.cache.local
+        folder = Path(self._repo.cache.local_cache_dir) / "bob"
+        self._store.makedirs(str(folder))  # the store's own, so that a shared cache stays shared
+        shared = self._repo.config["cache"].get("shared") == "group"
+        self.index = Index(folder / "items.sqlite", shared=shared)
+        self._stage = stage
+        self.reused, self.made = 0, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None and self._stage:
+            self.index.record_run(self._stage, self.reused, self.made)
+        self._repo.close()
+
+    def take(
+        self,
+        keys: Sequence[str],
+        make: Callable[[list[int]], list[bytes]],
+        batch_size: int,
+        progress: str = "",
+    ) -> list[str]:
+        """The object ids of the items with these keys, in order; what is missing is made.
+
+        `make` gets positions in `keys`, at most `batch_size` of them, and returns the items' bytes;
+        it is not called where all items are there. Of items with the same key one is made.
+
+        Several processes help each other: each announces a batch before it makes it, goes round
+        what another has announced, and makes that in the end only if it is still missing. So a
+        process that died in its batch is not waited for.
+        """
+        position = {key: number for number, key in reversed(list(enumerate(keys)))}
+        oids = self._present(position)
+        self.reused += len(oids)
+        waiting = deque(key for key in dict.fromkeys(keys) if key not in oids)
+        left_to_others: list[str] = []
+        with tqdm(total=len(waiting), desc=progress, disable=None if waiting else True) as bar:
+            while waiting or left_to_others:
+                batch: list[str] = []
+                while waiting and len(batch) < batch_size:
+                    candidates = [
+                        waiting.popleft() for _ in range(min(batch_size - len(batch), len(waiting)))
+                    ]
+                    ours = self.index.start(candidates)
+                    batch += [key for key in candidates if key in ours]
+                    left_to_others += [key for key in candidates if key not in ours]
+                if not batch:
+                    found = self._present(left_to_others)
+                    self.reused += len(found)
+                    oids |= found
+                    bar.update(len(found))
+                    left_to_others = [key for key in left_to_others if key not in found]
+                    # Whoever comes here finds the same few: they must not all take the same.
+                    random.shuffle(left_to_others)
+                    batch, left_to_others = left_to_others[:batch_size], left_to_others[batch_size:]
+                if batch:
+                    oids |= self._make(batch, [position[key] for key in batch], make)
+                    bar.update(len(batch))
+        return [oids[key] for key in keys]
+
+    def _make(
+        self, batch: Sequence[str], positions: list[int], make: Callable[[list[int]], list[bytes]]
+    ) -> dict[str, str]:
+        rows = [
+            Row(key, self._put(item), len(item), self._stage)
+            for key, item in zip(batch, make(positions), strict=True)
+        ]
+        self.index.add(rows)
+        self.made += len(rows)
+        return {row.key: row.oid for row in rows}
+
+    def _present(self, keys: Iterable[str]) -> dict[str, str]:
+        """Key -> object id of the items whose objects are there and whole; the others' rows go."""
+        present, lost = {}, []
+        for row in self.index.find(keys):
+            state = self._state(row.oid)
+            if state == "whole":
+                present[row.key] = row.oid
+                continue
+            lost.append(row)
+            if state == "damaged":
+                _warn(
+                    f"object {row.oid} of the DVC cache, {row.stage} item {row.key[:12]}, is "
+                    "damaged; the item is made again"
+                )
+                # As DVC does with an object that it finds damaged: no one must be given it.
+                Path(self._store.oid_to_path(row.oid)).unlink(missing_ok=True)
+        if lost:
+            self.index.drop(lost)
+        return present
+
+    def _state(self, oid: str) -> str:
+        """whole, damaged or missing."""
+        from dvc_data.hashfile.hash import file_md5
+
+        try:
+            actual = file_md5(self._store.oid_to_path(oid), self._store.fs)
+        except (FileNotFoundError, NotADirectoryError):
+            return "missing"
+        except OSError:
+            return "damaged"
+        return "whole" if actual == oid else "damaged"
+
+    def _put(self, item: bytes) -> str:
+        oid = hashlib.md5(item, usedforsecurity=False).hexdigest()
+        if self._state(oid) != "whole":
+            self._store.add_bytes(oid, item)
+            self._store.protect(self._store.oid_to_path(oid))
+        return oid
+
+    def read(self, oid: str) -> bytes:
+        """The bytes of an object that `take` has returned."""
+        return Path(self._store.oid_to_path(oid)).read_bytes()
+
+    def place(self, oids: Sequence[str], paths: Sequence[Path]) -> None:
+        """Put objects into the workspace, linked as DVC's `cache.type` says or else copied.
+
+        So DVC finds the object of every such file in its cache when it comes to commit them.
+        """
+        from dvc_objects.fs.generic import transfer
+
+        for folder in {path.parent for path in paths}:
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            transfer(
+                self._store.fs,
+                [self._store.oid_to_path(oid) for oid in oids],
+                self._store.fs,
+                [str(path.absolute()) for path in paths],
+                links=list(dict.fromkeys([*self._store.cache_types, "copy"])),
+            )
+        except FileNotFoundError as error:
+            raise BobError(
+                f"{error.filename} went from the DVC cache while the stage ran; run it again"
+            ) from None
+
+    def content_hash(self, path: Path) -> str:
+        """Hash of a folder's files, but for Markdown: a model's card decides nothing.
+
+        Files that did not change since DVC or this function read them are not read again. Raises
+        BobError where there is no such folder.
+        """
+        from dvc_data.hashfile.build import build
+
+        if not path.is_dir():
+            raise BobError(f"{path} is missing; `dvc pull` or `bob fetch` brings it")
+        _, _, tree = build(
+            self._store,
+            str(path.absolute()),
+            self._store.fs,
+            "md5",
+            dry_run=True,
+            ignore=self._repo.dvcignore,
+        )
+        files = sorted(
+            ("/".join(name), hash_info.value)
+            for name, _, hash_info in tree
+            if not name[-1].endswith(".md")
+        )
+        return item_key(files=files)
+
+    # --- what `bob cache` does -----------------------------------------------------------------
+
+    def summary(self) -> list[str]:
+        """Lines of a table: items and their bytes by stage, and what the last runs reused."""
+        gone = {row.key for row in self.gone()}
+        runs = self.index.last_runs()
+        by_stage: dict[str, list[Row]] = {stage: [] for stage in sorted(runs)}
+        for row in self.index.all():
+            by_stage.setdefault(row.stage, []).append(row)
+        lines = [_TABLE.format("stage", "items", "bytes", "gone", "last run reused", "made")]
+        for stage, rows in by_stage.items():
+            kept = [row for row in rows if row.key not in gone]
+            reused, made = runs.get(stage, ("-", "-"))
+            size = sum(row.size for row in kept)
+            lines.append(_TABLE.format(stage, len(kept), size, len(rows) - len(kept), reused, made))
+        return [*lines, f"index: {os.path.relpath(self.index.path)}"]
+
+    def gone(self) -> list[Row]:
+        """The items whose object is no longer there."""
+        return [row for row in self.index.all() if not self._store.exists(row.oid)]
+
+    def prune(self) -> int:
+        """Forget the items whose object is no longer there; returns how many."""
+        gone = self.gone()
+        self.index.drop(gone)
+        self.index.drop_started()
+        return len(gone)
+
+    def adopt(self, path: Path) -> tuple[int, int]:
+        """Take the items that a stage's file of items lists into the index.
+
+        Where an object is missing, it is made from the text or the file that the list names.
+        Returns how many were taken and how many have no bytes to be found. Raises BobError where
+        the file is no such list.
+        """
+        listed = read_items(path)
+        rows = []
+        for item in listed:
+            size = self._brought(item)
+            if size is not None:
+                rows.append(Row(item.key, item.oid, size, path.stem))
+        self.index.add(rows)
+        return len(rows), len(listed) - len(rows)
+
+    def _brought(self, item: "Item") -> int | None:
+        """Size of the item in bytes, its object now being in place; None where it is nowhere."""
+        location = Path(self._store.oid_to_path(item.oid))
+        if self._state(item.oid) == "whole":
+            return location.stat().st_size
+        if item.text is not None:
+            content = item.text.encode()
+        elif item.file is not None and Path(item.file).is_file():
+            content = Path(item.file).read_bytes()
+        else:
+            return None
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != item.oid:
+            return None
+        self._put(content)
+        return len(content)
+
+
+# --- the lists of items that stages leave ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of `results/items/<stage>.jsonl`, which is what `bob cache adopt` goes by."""
+
+    key: str
+    oid: str
+    file: str | None = None
+    """Where the item lies, relative to the project root."""
+    text: str | None = None
+    """The item itself, where it is a text and no file of the stage's output."""
+
+
+def write_items(path: Path, items: Iterable[Item]) -> None:
+    """Write a stage's list of items, one a line."""
+
+    def lines() -> Iterator[dict[str, Any]]:
+        for item in items:
+            line = {"key": item.key, "md5": item.oid, "file": item.file, "text": item.text}
+            yield {name: value for name, value in line.items() if value is not None}
+
+    write_jsonl(path, lines())
+
+
+def read_items(path: Path) -> list[Item]:
+    """Read a stage's list of items; raises BobError naming the line that is no item."""
+    items = []
+    for number, line in enumerate(read_jsonl(path), start=1):
+        item = Item(str(line.get("key")), str(line.get("md5")), line.get("file"), line.get("text"))
+        if not (_is_hex(item.key, 64) and _is_hex(item.oid, 32)):
+            raise BobError(f"{path}, line {number}: not an item of a stage, found {line}")
+        items.append(item)
+    return items
+
+
+def _is_hex(text: str, length: int) -> bool:
+    return len(text) == length and not set(text) - set("0123456789abcdef")

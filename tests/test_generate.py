@@ -1,0 +1,184 @@
+"""The generate stage on a small random Stable Diffusion, and what the item cache saves it."""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bob import diffusion, generate
+from bob.data import Task, write_task
+from bob.errors import BobError
+from bob.items import Index, read_items
+from bob.layout import BANK, CLASSES, GENERATE, GENERATED, GENERATED_ITEMS, LORA
+from bob.manifest import check_files, read_manifest
+from bob.params import Params
+from bob.prompts import Context, Entry, write_bank
+from bob.sampling import ImageMaker
+from tests.builders import build_text_to_image
+from tests.tiny_project import tree
+
+SETTINGS = {
+    "context": "bank",
+    "images_per_class": 2,
+    "guidance_scale": 2.0,
+    "steps": 2,
+    "sampler": "ddim",
+    "batch_size": 3,
+    "precision": "fp32",
+    "seed": 42,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A base model and a LoRA that changes it."""
+    folder = tmp_path_factory.mktemp("models")
+    base = build_text_to_image(folder / "base")
+    pipeline = diffusion.load(base, torch.device("cpu"))
+    for parameter in diffusion.add_lora(pipeline, 2, 0):
+        torch.nn.init.normal_(parameter, std=0.1)
+    diffusion.save_lora(pipeline, folder / "lora")
+    return folder
+
+
+@pytest.fixture
+def project(repository, models):
+    """What the stage reads."""
+    for path in (CLASSES, BANK, LORA):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    Path("base").symlink_to(models / "base")
+    LORA.symlink_to(models / "lora")
+    write_task(CLASSES, Task("bird", ("Tit", "Wren")))
+    contexts = [Context("green leaves", "perched"), Context("sky", "flying")]
+    write_bank(BANK, [Entry(f"{number}", "Tit", both) for number, both in enumerate(contexts)])
+    return repository
+
+
+def run(capsys, **changed):
+    """Run the stage; returns its output, and how many images were reused and made."""
+    values = {"finetune": {"base_model": "base"}, "generate": SETTINGS | changed}
+    generate.run(Params(values, "generate"))
+    reused, made = re.findall(r"(\d+) reused, (\d+) made", capsys.readouterr().out)[0]
+    return tree(GENERATE), int(reused), int(made)
+
+
+def test_more_images_make_the_missing_ones_and_fewer_make_none(project, capsys):
+    few, *counts = run(capsys)
+    assert counts == [0, 4]
+    many, *counts = run(capsys, images_per_class=4)
+    assert counts == [4, 4]
+    assert all(many[name] == few[name] for name in few if name.endswith(".png"))
+    again, *counts = run(capsys)
+    assert counts == [4, 0]
+    assert again == few
+
+
+def test_the_model_is_not_loaded_where_no_image_is_missing(project, capsys, monkeypatch):
+    run(capsys)
+    run(capsys, guidance_scale=3.0)
+    monkeypatch.setattr(diffusion, "load", None)
+    assert run(capsys)[1:] == (4, 0)
+    assert run(capsys, guidance_scale=2)[1:] == (4, 0)
+    with pytest.raises(TypeError):
+        run(capsys, guidance_scale=4.0)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"guidance_scale": 3.0},
+        {"steps": 3},
+        {"sampler": "euler"},
+        {"batch_size": 2},
+        {"precision": "bf16"},
+        {"seed": 43},
+    ],
+)
+def test_what_decides_an_image_makes_it_anew(project, capsys, changed):
+    run(capsys)
+    assert run(capsys, **changed)[1:] == (0, 4)
+
+
+def test_another_lora_makes_every_image_anew(project, capsys, models, tmp_path):
+    run(capsys)
+    weights = (models / "lora/pytorch_lora_weights.safetensors").read_bytes()
+    LORA.unlink()
+    LORA.mkdir()
+    (LORA / "pytorch_lora_weights.safetensors").write_bytes(weights)
+    assert run(capsys)[1:] == (4, 0), "the same bytes elsewhere"
+    base = diffusion.load(Path("base"), torch.device("cpu"))
+    diffusion.add_lora(base, 2, 1)
+    diffusion.save_lora(base, LORA)
+    assert run(capsys)[1:] == (0, 4)
+
+
+def test_a_plan_that_draws_other_contexts_reuses_the_prompts_it_shares(project, capsys):
+    """An image is known by its prompt and seed, and not by how it came to be planned."""
+    run(capsys)
+    prompts = [image.prompt for image in read_manifest()]
+    write_bank(BANK, [Entry("0", "Tit", Context("green leaves", "perched"))])
+    shared = sum("green leaves" in prompt for prompt in prompts)
+    assert 0 < shared < 4
+    assert run(capsys)[1:] == (shared, 4 - shared)
+
+
+def test_a_damaged_image_in_the_cache_is_made_again_to_the_same_bytes(project, capsys):
+    before, *_ = run(capsys)
+    row = Index(Path(".dvc/cache/bob/items.sqlite")).all()[0]
+    path = Path(".dvc/cache/files/md5", row.oid[:2], row.oid[2:])
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:50])
+    assert run(capsys) == (before, 3, 1)
+
+
+def test_the_list_of_items_names_every_image_and_the_manifest_no_key(project, capsys):
+    run(capsys)
+    listed = read_items(GENERATED_ITEMS)
+    assert [item.file for item in listed] == [
+        str(GENERATE / image.file) for image in read_manifest()
+    ]
+    assert not any(item.key in GENERATED.read_text() for item in listed)
+
+
+def test_no_images_need_no_model(project, capsys):
+    Path("base").unlink()
+    Path("base").mkdir()
+    assert run(capsys, images_per_class=0)[1:] == (0, 0)
+    assert not read_manifest()
+    assert not read_items(GENERATED_ITEMS)
+
+
+def test_manifest_and_files_must_agree(project, capsys):
+    run(capsys)
+    check_files(GENERATED)
+    extra = GENERATED.parent / "images/Wren/9999.png"
+    extra.touch()
+    with pytest.raises(BobError, match=r"differ: images/Wren/9999\.png"):
+        check_files(GENERATED)
+    extra.unlink()
+    (GENERATED.parent / "images/Tit/0000.png").unlink()
+    with pytest.raises(BobError, match=r"differ: images/Tit/0000\.png"):
+        check_files(GENERATED)
+
+
+def test_an_image_does_not_depend_on_place_neighbours_or_how_many_are_made(models):
+    maker = ImageMaker(
+        models / "base",
+        models / "lora",
+        sampler="dpmsolver++",
+        steps=2,
+        guidance_scale=2,
+        precision="fp32",
+        batch_size=3,
+    )
+    prompts = ["a bird photo of a wren", "a bird photo of a tit", "green leaves"]
+    together = maker.make(prompts, [5, 6, 7])
+    assert len(set(together)) == 3
+    assert maker.make(prompts[::-1], [7, 6, 5]) == together[::-1]
+    assert [
+        maker.make([text], [seed])[0] for text, seed in zip(prompts, [5, 6, 7], strict=True)
+    ] == (together)
+    assert Image.open(io.BytesIO(together[0])).size == (16, 16)

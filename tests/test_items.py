@@ -1,0 +1,410 @@
+"""The item cache: what it reuses, what it does not trust, and what survives."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from dvc.repo import Repo
+
+from bob import captioner, items, sampling
+from bob.cli import cli
+from bob.errors import BobError
+from bob.items import Index, Item, ItemCache, Row, code_hash, item_key, read_items, write_items
+from tests.conftest import ROOT
+from tests.test_pipeline import imported_modules
+
+KEYS = [item_key(number=number) for number in range(10)]
+INDEX = Path(".dvc/cache/bob/items.sqlite")
+
+
+class Maker:
+    """Makes items of their positions, and remembers which."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, positions):
+        self.batches.append(positions)
+        return [f"item {position}".encode() for position in positions]
+
+    @property
+    def made(self):
+        return sorted(position for batch in self.batches for position in batch)
+
+
+def take(keys=KEYS, batch_size=4, make=None):
+    """Take items in a process's way; returns their bytes and the positions that were made."""
+    make = make or Maker()
+    with ItemCache("test") as cache:
+        found = [cache.read(oid) for oid in cache.take(keys, make, batch_size)]
+        assert (cache.reused, cache.made) == (len(set(keys)) - len(make.made), len(make.made))
+    return found, make.made
+
+
+def object_path(key):
+    (row,) = Index(INDEX).find([key])
+    return Path(".dvc/cache/files/md5") / row.oid[:2] / row.oid[2:]
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(cli, arguments)
+    return result.exit_code, result.output
+
+
+# --- reuse -----------------------------------------------------------------------------------
+
+
+def test_items_come_in_order_and_are_made_once(repository):
+    everything = [f"item {number}".encode() for number in range(10)]
+    assert take() == (everything, list(range(10)))
+    assert take() == (everything, [])
+    assert take(KEYS[::-1]) == (everything[::-1], [])
+
+
+def test_only_what_is_missing_is_made(repository):
+    take(KEYS[:5])
+    assert take()[1] == [5, 6, 7, 8, 9]
+
+
+def test_batches_are_full_but_for_the_last(repository):
+    take([KEYS[1], KEYS[4]])
+    make = Maker()
+    take(make=make)
+    assert [len(batch) for batch in make.batches] == [4, 4]
+
+
+def test_of_items_with_the_same_key_one_is_made(repository):
+    found, made = take([KEYS[0], KEYS[1], KEYS[0]])
+    assert made == [0, 1]
+    assert found == [b"item 0", b"item 1", b"item 0"]
+
+
+def test_a_run_that_fails_loses_no_more_than_the_batch_in_flight(repository):
+    make = Maker()
+
+    def failing(positions):
+        if len(make.batches) == 2:
+            raise KeyboardInterrupt
+        return make(positions)
+
+    with pytest.raises(KeyboardInterrupt), ItemCache("test") as cache:
+        cache.take(KEYS, failing, 4)
+    assert take()[1] == [8, 9]
+
+
+# --- what is not trusted ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"item", b"item 9"])
+def test_a_damaged_object_is_named_and_made_again(repository, capsys, content):
+    take()
+    path = object_path(KEYS[3])
+    path.chmod(0o644)
+    path.write_bytes(content)
+    found, made = take()
+    assert found[3] == b"item 3"
+    assert made == [3]
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert path.parent.name + path.name in warning
+    assert KEYS[3][:12] in warning
+    assert take()[1] == []
+    assert not capsys.readouterr().err
+
+
+def test_an_object_that_is_gone_is_made_again(repository, capsys):
+    take()
+    object_path(KEYS[3]).unlink()
+    assert take()[1] == [3]
+    assert not capsys.readouterr().err
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 - 100])
+
+
+def scribble(path):
+    content = bytearray(path.read_bytes())
+    content[4096:] = b"\xa5" * (len(content) - 4096)
+    path.write_bytes(content)
+
+
+def replace(path):
+    path.write_text("not a database, but long enough to be taken for one" * 100)
+
+
+@pytest.mark.parametrize("damage", [cut, scribble, replace])
+def test_a_damaged_index_is_moved_aside_and_a_new_one_begun(repository, capsys, damage):
+    take()
+    damage(INDEX)
+    found, made = take()
+    assert found[3] == b"item 3"
+    assert made == list(range(10))
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert "bob cache adopt" in warning
+    assert INDEX.with_suffix(".damaged").exists()
+    assert take()[1] == []
+
+
+def test_a_healthy_index_is_not_moved_by_one_who_met_the_damaged_one(repository):
+    take()
+    Index(INDEX)._move_aside()
+    assert take()[1] == []
+
+
+def test_outside_a_dvc_repository_one_line_says_so(workspace):
+    code, output = invoke("cache")
+    assert code == 1
+    assert output.startswith("Error: the item cache needs a DVC repository")
+    assert output.count("\n") == 1
+
+
+def test_an_index_that_cannot_be_opened_is_told_in_one_line(repository):
+    INDEX.mkdir(parents=True)
+    with pytest.raises(BobError, match=r"items\.sqlite, the index of the item cache") as caught:
+        take()
+    assert "\n" not in str(caught.value)
+
+
+# --- several processes -----------------------------------------------------------------------
+
+WORKER = """
+import sys, time
+from bob.items import ItemCache, item_key
+
+def make(positions):
+    time.sleep(0.05)
+    print(len(positions))
+    return [str(numbers[position]).encode() for position in positions]
+
+numbers = range(*map(int, sys.argv[1:]))
+with ItemCache("test") as cache:
+    keys = [item_key(number=number) for number in numbers]
+    oids = cache.take(keys, make, 8)
+    assert [cache.read(oid) for oid in oids] == [str(number).encode() for number in numbers]
+"""
+
+
+def work(first, last):
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(first), str(last)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_processes_that_want_the_same_items_share_the_work(repository):
+    wanted = [(0, 400), (0, 400), (0, 300), (100, 400)]
+    processes = [work(*numbers) for numbers in wanted]
+    made = 0
+    for process in processes:
+        output, _ = process.communicate()
+        assert process.returncode == 0
+        made += sum(map(int, output.split()))
+    # No entry is lost: everything is there, for someone who makes nothing.
+    assert len(Index(INDEX).all()) == 400
+    assert 400 <= made <= 500
+
+
+def test_what_a_dead_process_had_begun_is_made_by_another(repository):
+    Index.start(ItemCache("test").index, KEYS[:4])
+    assert take()[1] == list(range(10))
+
+
+def test_the_index_of_a_shared_cache_is_its_groups(repository):
+    with Repo() as repo, repo.config.edit("repo") as config:
+        config["cache"]["shared"] = "group"
+    take()
+    assert INDEX.stat().st_mode & 0o777 == 0o664
+    assert INDEX.parent.stat().st_mode & 0o7777 == 0o2775
+
+
+# --- the workspace ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", [["hardlink"], ["symlink"], ["copy"], ["reflink", "copy"]])
+def test_files_are_placed_as_dvcs_cache_type_says(repository, kinds):
+    with Repo() as repo, repo.config.edit("repo") as config:
+        config["cache"]["type"] = kinds
+    with ItemCache("test") as cache:
+        oids = cache.take(KEYS[:3], Maker(), 4)
+        paths = [Path(f"out/{number}/item") for number in range(3)]
+        cache.place(oids, paths)
+        again = [Path(f"again/{number}") for number in range(3)]
+        cache.place(oids, again)
+    assert [path.read_bytes() for path in paths] == [b"item 0", b"item 1", b"item 2"]
+    assert all(path.is_symlink() == (kinds == ["symlink"]) for path in paths)
+    assert all((path.stat().st_nlink > 2) == (kinds == ["hardlink"]) for path in paths)
+
+
+def test_a_file_that_cannot_be_linked_is_copied(repository, monkeypatch):
+    with Repo() as repo, repo.config.edit("repo") as config:
+        config["cache"]["type"] = ["hardlink"]
+
+    def refuse(*_, **__):
+        raise OSError(18, "another file system")
+
+    monkeypatch.setattr("os.link", refuse)
+    with ItemCache("test") as cache:
+        cache.place(cache.take(KEYS[:1], Maker(), 4), [Path("item")])
+    assert Path("item").read_bytes() == b"item 0"
+
+
+# --- keys ------------------------------------------------------------------------------------
+
+
+def test_a_key_has_one_spelling():
+    assert item_key(seed=1, prompt="é") == item_key(prompt="é", seed=1)
+    assert len({item_key(), item_key(seed=1), item_key(seed=2), item_key(seed="1")}) == 4
+
+
+CODE = '''"""What it does."""
+SIDE = 3  # pixels
+"""Of a square."""
+
+
+def area(side: int = SIDE) -> int:
+    """The area."""
+    # Two factors.
+    return side * side
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("# Two factors.", "# The side, twice.", True),
+        ('"""The area."""', '"""Pixels."""', True),
+        ('"""Of a square."""', "", True),
+        ("side * side", "( side*side )", True),
+        ("side * side", "side ** 2", False),
+        ("SIDE = 3", "SIDE = 4", False),
+        ("side: int = SIDE", "side: int = 1", False),
+    ],
+)
+def test_code_is_hashed_without_comments_and_docstrings(tmp_path, monkeypatch, old, new, same):
+    monkeypatch.setattr(items.resources, "files", lambda _: tmp_path)
+    hashes = []
+    for code in (CODE, CODE.replace(old, new)):
+        (tmp_path / "module.py").write_text(code)
+        hashes.append(code_hash(["module"]))
+    assert CODE.replace(old, new) != CODE
+    assert (hashes[0] == hashes[1]) is same
+
+
+# Imported by the code that makes items, without a say in what an item is.
+DECIDES_NOTHING = {
+    "errors": "says what went wrong",
+    "files": "reads and writes JSON, and hashes a photo to compare it with its manifest",
+    "layout": "says where outputs lie",
+}
+
+
+@pytest.mark.parametrize("module", [captioner, sampling])
+def test_the_code_in_a_key_is_the_code_that_makes_the_item(module):
+    imported = imported_modules(module.__name__.removeprefix("bob."))
+    assert set(module.MADE_BY) == imported - set(DECIDES_NOTHING)
+
+
+def test_a_models_content_decides_and_not_its_place_or_card(repository):
+    def write(folder, **files):
+        Path(folder, "part").mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            Path(folder, "part", name.replace("_", ".")).write_text(content)
+        with ItemCache() as cache:
+            return cache.content_hash(Path(folder))
+
+    first = write("models/a", config_json="{}", README_md="a card")
+    assert write("models/b", config_json="{}", README_md="another card") == first
+    assert write("models/b", config_json="{ }") != first
+    assert write("models/b", config_json="{}") == first
+    assert write("models/b", merges_txt="") != first
+    with ItemCache() as cache, pytest.raises(BobError, match="models/c is missing"):
+        cache.content_hash(Path("models/c"))
+
+
+# --- bob cache -------------------------------------------------------------------------------
+
+
+def test_the_cache_shows_what_is_there_and_what_the_last_run_reused(repository):
+    take(KEYS[:4])
+    take()
+    object_path(KEYS[0]).unlink()
+    code, output = invoke("cache")
+    assert code == 0
+    _, line, index = output.splitlines()
+    assert line.split() == ["test", "9", "54", "1", "4", "6"]
+    assert index == f"index: {INDEX}"
+
+
+def test_pruning_forgets_what_is_gone_and_nothing_else(repository):
+    take()
+    object_path(KEYS[0]).unlink()
+    assert invoke("cache", "prune") == (0, "1 items forgotten\n")
+    assert {row.key for row in Index(INDEX).all()} == set(KEYS[1:])
+    assert invoke("cache", "prune") == (0, "0 items forgotten\n")
+
+
+def listed(path=Path("results/items/test.jsonl")):
+    """Take all items and list them as a stage does, half as files and half as texts."""
+    with ItemCache("test") as cache:
+        oids = cache.take(KEYS, Maker(), 4)
+        files = [Path(f"results/test/{number}") for number in range(5)]
+        cache.place(oids[:5], files)
+        texts = [cache.read(oid).decode() for oid in oids[5:]]
+    write_items(
+        path,
+        [
+            *(Item(key, oid, file=str(f)) for key, oid, f in zip(KEYS, oids, files, strict=False)),
+            *(Item(*all) for all in zip(KEYS[5:], oids[5:], [None] * 5, texts, strict=True)),
+        ],
+    )
+    return path
+
+
+def test_an_index_that_was_lost_is_adopted_from_the_lists(repository):
+    path = listed()
+    INDEX.unlink()
+    assert invoke("cache", "adopt") == (0, f"{path}: 10 items adopted\n")
+    assert take()[1] == []
+
+
+def test_objects_that_were_lost_are_adopted_from_the_workspace(repository):
+    path = listed()
+    shutil.rmtree(".dvc/cache")
+    Path("results/test/1").write_bytes(b"something else")
+    Path("results/test/2").unlink()
+    code, output = invoke("cache", "adopt", str(path))
+    assert code == 0
+    assert output.startswith(f"{path}: 8 items adopted, 2 are nowhere")
+    assert take()[1] == [1, 2]
+
+
+def test_a_list_that_is_none_is_told_with_its_line(repository):
+    path = listed()
+    path.write_text(path.read_text() + json.dumps({"key": "../../x", "md5": "0" * 32}) + "\n")
+    with pytest.raises(BobError, match=r"test\.jsonl, line 11: not an item"):
+        read_items(path)
+    assert invoke("cache", "adopt")[0] == 1
+    shutil.rmtree("results")
+    code, output = invoke("cache", "adopt")
+    assert code == 1
+    assert "holds no lists of items" in output
+
+
+def test_the_index_is_not_in_the_way_of_dvcs_garbage_collection(repository):
+    """Items that are no stage's output are DVC's to delete; the index stays, and says so."""
+    take()
+    (repository / "dvc.yaml").write_text("stages: {}\n")
+    subprocess.run([sys.executable, "-m", "dvc", "gc", "-w", "-f", "-q"], check=True)
+    oid = hashlib.md5(b"item 0").hexdigest()
+    assert Index(INDEX).find(KEYS[:1]) == [Row(KEYS[0], oid, 6, "test")]
+    assert take()[1] == list(range(10))
