@@ -83,7 +83,7 @@ DIRECT = {
     "draw": {"draw"},
     "data": {"split"},
     "data.seed": {"draw", "split"},
-    "caption": {"caption"},
+    "caption": {"caption", "audit"},
     "finetune": {"finetune"},
     "finetune.base_model": {"finetune", "generate", "audit"},
     "generate": {"generate"},
