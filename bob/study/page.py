@@ -265,8 +265,14 @@ def _picture(figure: Figure, results: Results) -> Canvas:
         colour = COLOURS[number % len(COLOURS)]
         axes.errorbar(x, means, errors, fmt="o", ms=7, capsize=4, color=colour, label=label)
         for at, mean in zip(x, means, strict=True):
-            beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(f"{mean:.1f}", (at, mean), **beside, size=8)
+            axes.annotate(
+                f"{mean:.1f}",
+                (at, mean),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                size=8,
+            )
     axes.set(
         title=figure.title,
         ylabel=figure.unit,

@@ -139,7 +139,7 @@ def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
         if isinstance(value, Mapping):
             yield from numbers(value, f"{prefix}{name}.")
         elif isinstance(value, int | float):
-            yield f"{prefix}{name}", value
+            yield f"{prefix}{name}", float(value)
 
 
 def _status(queue: Any) -> dict[str, str]:
