@@ -15,7 +15,7 @@ from bob.errors import BobError
 from bob.files import replacing
 from bob.layout import BANK, CAPTION, TRAIN
 from bob.params import Params
-from bob.prompts import Context, Entry, write_bank
+from bob.prompts import Context, Entry, read_bank, write_bank
 
 ATTRIBUTES = ("background", "pose")
 
@@ -80,6 +80,11 @@ class Captioner:
 def run(params: Params) -> None:
     """Write the caption bank of the shots to `results/caption/bank.jsonl`."""
     task, photos = read_task(), read_photos(TRAIN)
+    if params.caption.bank != "captioner":
+        with replacing(CAPTION) as folder:
+            write_bank(folder / BANK.name, entries_of(photos, Path(params.caption.bank)))
+        print(f"caption: {len(photos)} photos, contexts from {params.caption.bank}")
+        return
     captioner = Captioner(Path(params.caption.model), params.caption.precision)
     answers = {
         attribute: accepted_answers(
@@ -106,6 +111,21 @@ def run(params: Params) -> None:
         write_bank(folder / BANK.name, entries)
     distinct = len({entry.context for entry in entries if entry.context})
     print(f"caption: {len(photos)} photos, {distinct} distinct contexts")
+
+
+def entries_of(photos: Sequence[Photo], path: Path) -> list[Entry]:
+    """The photos' own entries in a caption bank that was written or corrected by hand.
+
+    Raises BobError naming a photo that has none.
+    """
+    contexts = {entry.image: entry.context for entry in read_bank(path)}
+    for photo in photos:
+        if photo.sha256 not in contexts:
+            raise BobError(
+                f'{path} has no line for {photo.path}; add one with "image": "{photo.sha256}", or '
+                "start from results/caption/bank.jsonl, as caption.bank: captioner makes it"
+            )
+    return [Entry(photo.sha256, photo.class_name, contexts[photo.sha256]) for photo in photos]
 
 
 def accepted_answers(

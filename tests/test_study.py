@@ -13,9 +13,11 @@ import pytest
 from scipy import stats
 
 from bob import study as studies
+from bob.draw import BACKGROUNDS, POSES
 from bob.errors import BobError
 from bob.files import write_jsonl
-from bob.study import page, plan, queue
+from bob.prompts import Context, Entry, read_bank
+from bob.study import banks, page, plan, queue
 from bob.study.results import Row, read_results, write_results
 from bob.study.statistics import mean_interval, paired_interval, ratio_interval
 from tests.conftest import ROOT
@@ -91,7 +93,9 @@ def test_the_interval_of_a_ratio_covers_the_truth_as_often_as_it_says():
     covered = []
     for _ in range(2000):
         denominator = random.normal(10, 1, 5)
-        interval = ratio_interval(0.6 * denominator + random.normal(0, 1, 5), denominator)
+        interval = ratio_interval(
+            list(0.6 * denominator + random.normal(0, 1, 5)), list(denominator)
+        )
         covered.append(interval.low <= 0.6 <= interval.high)
     assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
 
@@ -165,8 +169,9 @@ def test_a_mistake_in_a_study_is_told_in_one_line(project, old, new, message):
     assert str(caught.value).startswith("small.yaml")
 
 
-def test_the_study_of_the_miniature_is_valid_and_its_claims_can_be_decided():
-    study = plan.read_study(ROOT / "experiments/miniature.yaml")
+def test_the_study_of_the_miniature_is_valid_and_its_claims_can_be_decided(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = plan.read_study(Path("experiments/miniature.yaml"))
     assert [claim.id for claim in study.claims][:5] == ["a", "b", "c", "d", "e"]
     tuning = set(range(10))
     for setting in study.settings.values():
@@ -302,6 +307,35 @@ def test_the_page_and_its_plots_are_the_same_bytes_every_time(project):
     assert all(path.read_bytes() == content for path, content in first.items())
     for path in first:
         assert "png" not in path.suffix or f"{path.parent.name}/{path.name}" in page_text()
+
+
+# --- banks with and without errors -----------------------------------------------------------
+
+
+def test_the_share_of_wrong_contexts_is_wrong_in_both_attributes():
+    true = [
+        Entry(str(number), "Heron 300", Context(BACKGROUNDS[number % 6], POSES[number % 5]))
+        for number in range(40)
+    ]
+    wrong = banks.with_errors(true, 0.3, seed=11)
+    changed = [(a.context, b.context) for a, b in zip(true, wrong, strict=True) if a != b]
+    assert len(changed) == 12
+    for one, other in changed:
+        assert one and other
+        assert one.background != other.background and other.background in BACKGROUNDS
+        assert one.pose != other.pose and other.pose in POSES
+    assert wrong == banks.with_errors(true, 0.3, seed=11)
+
+
+@pytest.mark.slow
+def test_the_committed_banks_are_of_the_shots_that_the_study_draws(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = plan.read_study(Path("experiments/miniature.yaml"))
+    seeds = study.settings["captions-true"].seeds
+    true = read_bank(ROOT / banks.TRUE)
+    assert len(true) == len(seeds) * 8 * 5
+    assert true[:40] == banks.true_entries(seeds[0])
+    assert read_bank(ROOT / banks.WRONG)[:40] == banks.with_errors(true[:40], 0.3, seeds[0])
 
 
 # --- run by DVC ------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def measure(values: Mapping[str, Any]) -> dict[str, Any]:
             f"data.name is {values['data']['name']}; only the miniature has a renderer, so drawn: "
             "true needs data.name: miniature"
         )
+    with sandbox(values) as folder:
+        for module in ("bob draw", "bob split", "bob.study.drawn", "bob classify", "bob evaluate"):
+            run_module(module, folder)
+        return read_json(folder / ACCURACY_METRICS)
+
+
+@contextmanager
+def sandbox(values: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder with the project's code and models and the params `values`, and without results."""
     with tempfile.TemporaryDirectory(prefix="bob-study-") as scratch:
         folder = Path(scratch)
         shutil.copytree("bob", folder / "bob", ignore=shutil.ignore_patterns("__pycache__"))
@@ -46,12 +56,11 @@ def measure(values: Mapping[str, Any]) -> dict[str, Any]:
         (folder / "models").symlink_to(Path("models").absolute())
         with (folder / params.PARAMS).open("w", encoding="utf-8") as file:
             YAML(typ="safe").dump(values, file)
-        for module in ("bob draw", "bob split", "bob.study.drawn", "bob classify", "bob evaluate"):
-            _run(module, folder)
-        return read_json(folder / ACCURACY_METRICS)
+        yield folder
 
 
-def _run(module: str, folder: Path) -> None:
+def run_module(module: str, folder: Path) -> None:
+    """Run `python -m <module>` in `folder`; raises BobError with its last line where it fails."""
     done = subprocess.run(
         [sys.executable, "-m", *module.split()],
         cwd=folder,
