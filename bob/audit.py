@@ -12,10 +12,12 @@ from sklearn.metrics import adjusted_mutual_info_score
 from sklearn.metrics.pairwise import polynomial_kernel
 
 from bob import diffusion
+from bob.caption import ATTRIBUTES, accepted_answers, cached_ask
 from bob.classifiers import Preprocessing, load_backbone, read_inputs
-from bob.data import Photo, batches, open_image, read_photos, read_task
+from bob.data import Photo, Task, batches, open_image, read_photos, read_task
 from bob.device import best_device
-from bob.files import replacing, write_json
+from bob.files import replacing, sha256, write_json
+from bob.items import ItemCache
 from bob.layout import AUDIT, BANK, GENERATE, SYNTHETIC_METRICS, TRAIN, VAL
 from bob.manifest import Generated, read_manifest
 from bob.params import Params
@@ -26,6 +28,9 @@ KID_SUBSET_SIZE = 1000  # at most; Binkowski et al. 2018
 SHEET_CLASSES, SHEET_REAL, SHEET_GENERATED, SHEET_CELL = 8, 4, 8, 96
 
 Pairs = list[tuple[str, Context]]
+"""Class and context of each image."""
+Clusters = dict[str, dict[str, int]]
+"""Attribute (background, pose) -> phrase -> number of its cluster."""
 
 
 def run(params: Params) -> None:
@@ -33,13 +38,37 @@ def run(params: Params) -> None:
     task, generated = read_task(), read_manifest()
     photos, val = read_photos(TRAIN), read_photos(VAL)
     device = best_device()
+    base_model = Path(params.finetune.base_model)
 
-    metrics: dict[str, Any] = {"images": len(generated)}
-    metrics["leakage"] = context_leakage(
-        [(e.class_name, e.context) for e in read_bank(BANK) if e.context],
-        [(image.class_name, image.context) for image in generated if image.context],
-        diffusion.load(Path(params.finetune.base_model), device),
-    )
+    real_pairs: Pairs = [(e.class_name, e.context) for e in read_bank(BANK) if e.context]
+    pairs = {
+        "real": real_pairs,
+        "generated": [(image.class_name, image.context) for image in generated if image.context],
+    }
+    asked = first_of_each_class(generated, params.audit.captioned_per_class)
+    shown = contexts_shown(asked, task, params) if asked else []
+    if asked:
+        pairs["pictures"] = [
+            (image.class_name, context)
+            for image, context in zip(asked, shown, strict=True)
+            if context
+        ]
+    clusters = cluster_contexts(pairs, len(real_pairs), diffusion.load(base_model, device))
+
+    metrics: dict[str, Any] = {
+        "images": len(generated),
+        "leakage": {
+            **{name: context_leakage(members, clusters) for name, members in pairs.items()},
+            "clusters": {name: len(set(numbers.values())) for name, numbers in clusters.items()},
+        },
+    }
+    prompted = [
+        (image.context, context)
+        for image, context in zip(asked, shown, strict=True)
+        if image.context and context
+    ]
+    if prompted:
+        metrics["obedience"] = context_obedience(prompted, clusters)
     if generated:
         network = load_backbone(params.audit.feature_model, 0).eval().to(device)
         real = _features(network, [photo.path for photo in photos + val])
@@ -59,6 +88,12 @@ def run(params: Params) -> None:
         f"audit: context leakage (AMI with class) real {leakage['real']['background']:.3f} "
         f"background, {leakage['real']['pose']:.3f} pose; generated "
         f"{leakage['generated']['background']:.3f} and {leakage['generated']['pose']:.3f}"
+        + (
+            f"; in the pictures {leakage['pictures']['background']:.3f} and "
+            f"{leakage['pictures']['pose']:.3f}"
+            if asked
+            else ""
+        )
     )
 
 
@@ -69,26 +104,84 @@ def _rounded(value: Any) -> Any:
     return round(value, 6) + 0.0 if isinstance(value, float) else value
 
 
-def context_leakage(real: Pairs, generated: Pairs, pipeline: Any) -> dict[str, Any]:
-    """How much the context tells of the class, in the real shots and in the generated set.
+def first_of_each_class(generated: Sequence[Generated], count: int) -> list[Generated]:
+    """The first `count` images of every class: a sample, since each image's context is drawn."""
+    taken: dict[str, int] = {}
+    first = []
+    for image in generated:
+        taken[image.class_name] = taken.get(image.class_name, 0) + 1
+        if taken[image.class_name] <= count:
+            first.append(image)
+    return first
+
+
+def contexts_shown(images: Sequence[Generated], task: Task, params: Params) -> list[Context | None]:
+    """What the captioner sees in each image, whatever its prompt asked for; None: no usable answer.
+
+    The same questions as of the shots, and answers are accepted by the same rules.
+    """
+    paths = [GENERATE / image.file for image in images]
+    photos = [
+        Photo(path.as_posix(), image.class_name, sha256(path))
+        for path, image in zip(paths, images, strict=True)
+    ]
+    with ItemCache("audit") as cache:
+        ask = cached_ask(cache, params.caption)
+        backgrounds, poses = (
+            accepted_answers(ask, photos, attribute, task) for attribute in ATTRIBUTES
+        )
+    return [
+        Context(backgrounds[i], poses[i]) if i in backgrounds and i in poses else None
+        for i in range(len(images))
+    ]
+
+
+def context_leakage(pairs: Pairs, clusters: Clusters) -> dict[str, float]:
+    """How much the context tells of the class, by attribute.
 
     Adjusted mutual information between class and background, and class and pose: 1 where the one
     decides the other, 0 at chance. Adjusted, because plain mutual information of phrases that are
-    all distinct is maximal whatever they say. Phrases are clustered first, by the text features of
-    the base model; `clusters` records into how many. Marginalization is to bring it to zero.
+    all distinct is maximal whatever they say. Marginalization is to bring it to zero.
     """
-    scores: dict[str, dict[str, Any]] = {"real": {}, "generated": {}, "clusters": {}}
-    for attribute in ("background", "pose"):
-        phrases = sorted({getattr(context, attribute) for _, context in real + generated})
-        cluster = cluster_phrases(phrases, len(real), pipeline)
-        scores["clusters"][attribute] = len(set(cluster.values()))
-        for name, pairs in (("real", real), ("generated", generated)):
-            classes = [class_name for class_name, _ in pairs]
-            labels = [cluster[getattr(context, attribute)] for _, context in pairs]
-            scores[name][attribute] = (
-                float(adjusted_mutual_info_score(classes, labels)) if pairs else 0.0
+    classes = [class_name for class_name, _ in pairs]
+    return {
+        attribute: float(
+            adjusted_mutual_info_score(
+                classes, [cluster[getattr(context, attribute)] for _, context in pairs]
             )
-    return scores
+        )
+        if pairs
+        else 0.0
+        for attribute, cluster in clusters.items()
+    }
+
+
+def context_obedience(
+    pairs: Sequence[tuple[Context, Context]], clusters: Clusters
+) -> dict[str, float]:
+    """Share of pairs (prompted, shown) whose phrases fall into one cluster, by attribute."""
+    return {
+        attribute: float(
+            np.mean(
+                [
+                    cluster[getattr(prompted, attribute)] == cluster[getattr(shown, attribute)]
+                    for prompted, shown in pairs
+                ]
+            )
+        )
+        for attribute, cluster in clusters.items()
+    }
+
+
+def cluster_contexts(sets: Mapping[str, Pairs], shots: int, pipeline: Any) -> Clusters:
+    """Cluster the phrases of all sets together, each attribute by itself."""
+    contexts = [context for pairs in sets.values() for _, context in pairs]
+    return {
+        attribute: cluster_phrases(
+            sorted({getattr(context, attribute) for context in contexts}), shots, pipeline
+        )
+        for attribute in ATTRIBUTES
+    }
 
 
 def cluster_phrases(phrases: Sequence[str], photos: int, pipeline: Any) -> dict[str, int]:

@@ -4,14 +4,16 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bob import captioner
 from bob.data import Photo, Task, read_photos, read_task
+from bob.errors import BobError
 from bob.files import replacing
 from bob.items import Item, ItemCache, code_hash, item_key, versions, write_items
 from bob.layout import BANK, CAPTION, CAPTION_ITEMS, TRAIN
 from bob.params import Params
-from bob.prompts import Context, Entry, write_bank
+from bob.prompts import Context, Entry, read_bank, write_bank
 
 ATTRIBUTES = ("background", "pose")
 
@@ -38,30 +40,55 @@ def run(params: Params) -> None:
     """
     settings = params.caption
     task, photos = read_task(), read_photos(TRAIN)
+    items: list[Item] = []
+    if settings.bank != "captioner":
+        entries = entries_of(photos, Path(settings.bank))
+        asked = f"contexts from {settings.bank}"
+    else:
+        with ItemCache("caption") as cache:
+            ask = cached_ask(cache, settings, items)
+            entries = captioned(ask, photos, task)
+        asked = f"{cache.reused} answers reused, {cache.made} made"
+    with replacing(CAPTION) as folder:
+        write_bank(folder / BANK.name, entries)
+    write_items(CAPTION_ITEMS, items)
+    distinct = len({entry.context for entry in entries if entry.context})
+    print(f"caption: {len(photos)} photos, {distinct} distinct contexts ({asked})")
+
+
+def cached_ask(cache: ItemCache, settings: Any, items: list[Item] | None = None) -> Ask:
+    """Ask the captioner of `settings`, the parameters of `caption`, through the item cache.
+
+    The model is loaded for the first answer that is not there; what was asked is added to `items`.
+    """
     folder = Path(settings.model)
     model = captioner.Captioner(folder, settings.precision, settings.batch_size)
-    items: list[Item] = []
-    with ItemCache("caption") as cache:
-        common = model.settings | {
-            "model": cache.content_hash(folder),
-            "code": code_hash(captioner.MADE_BY),
-            "versions": versions(captioner.LIBRARIES),
-        }
+    common = model.settings | {
+        "model": cache.content_hash(folder),
+        "code": code_hash(captioner.MADE_BY),
+        "versions": versions(captioner.LIBRARIES),
+    }
 
-        def ask(photos: Sequence[Photo], question: str) -> list[str]:
-            def make(numbers: list[int]) -> list[bytes]:
-                answers = model.ask([photos[number] for number in numbers], question)
-                return [answer.encode() for answer in answers]
+    def ask(photos: Sequence[Photo], question: str) -> list[str]:
+        def make(numbers: list[int]) -> list[bytes]:
+            answers = model.ask([photos[number] for number in numbers], question)
+            return [answer.encode() for answer in answers]
 
-            keys = [item_key(**common, photo=photo.sha256, question=question) for photo in photos]
-            oids = cache.take(keys, make, settings.batch_size, "captioning")
-            answers = [cache.read(oid).decode() for oid in oids]
+        keys = [item_key(**common, photo=photo.sha256, question=question) for photo in photos]
+        oids = cache.take(keys, make, settings.batch_size, "captioning")
+        answers = [cache.read(oid).decode() for oid in oids]
+        if items is not None:
             items.extend(map(Item, keys, oids, [None] * len(oids), answers))
-            return answers
+        return answers
 
-        accepted = {
-            attribute: accepted_answers(ask, photos, attribute, task) for attribute in ATTRIBUTES
-        }
+    return ask
+
+
+def captioned(ask: Ask, photos: Sequence[Photo], task: Task) -> list[Entry]:
+    """The photos' entries in the bank; warns of those that got no usable answer."""
+    accepted = {
+        attribute: accepted_answers(ask, photos, attribute, task) for attribute in ATTRIBUTES
+    }
     entries = []
     for index, photo in enumerate(photos):
         background, pose = (accepted[attribute].get(index) for attribute in ATTRIBUTES)
@@ -77,14 +104,22 @@ def run(params: Params) -> None:
             f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}",
             file=sys.stderr,
         )
-    with replacing(CAPTION) as draft:
-        write_bank(draft / BANK.name, entries)
-    write_items(CAPTION_ITEMS, items)
-    distinct = len({entry.context for entry in entries if entry.context})
-    print(
-        f"caption: {len(photos)} photos, {distinct} distinct contexts "
-        f"({cache.reused} answers reused, {cache.made} made)"
-    )
+    return entries
+
+
+def entries_of(photos: Sequence[Photo], path: Path) -> list[Entry]:
+    """The photos' own entries in a caption bank that was written or corrected by hand.
+
+    Raises BobError naming a photo that has none.
+    """
+    contexts = {entry.image: entry.context for entry in read_bank(path)}
+    for photo in photos:
+        if photo.sha256 not in contexts:
+            raise BobError(
+                f'{path} has no line for {photo.path}; add one with "image": "{photo.sha256}", or '
+                "start from results/caption/bank.jsonl, as caption.bank: captioner makes it"
+            )
+    return [Entry(photo.sha256, photo.class_name, contexts[photo.sha256]) for photo in photos]
 
 
 def accepted_answers(

@@ -97,6 +97,24 @@ def verify(stages: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.argument("file", type=click.Path(path_type=Path), default="experiments/miniature.yaml")
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at the same time."
+)
+@click.option("--again", is_flag=True, help="Repeat runs of other code, models or params.")
+@click.option("--page", "page_only", is_flag=True, help="Run nothing; write the page.")
+def study(file: Path, jobs: int, again: bool, page_only: bool) -> None:
+    """Run what is missing of the study in FILE and write its page.
+
+    FILE says what is run and claimed. The runs go through DVC's queue; the results are kept in
+    docs/<name>-study.csv. Goes on where it was killed.
+    """
+    from bob.study import study as run_study
+
+    run_study(file, jobs=jobs, again=again, page_only=page_only)
+
+
+@cli.command()
 @click.option("--only", type=click.Choice(["base", "captioner", "backbone"]), help="One model.")
 @click.option("--measure", is_flag=True, help="Train nothing; measure what lies in models/.")
 @click.option("--tiny", is_flag=True, help="Run through everything in a minute, learning nothing.")

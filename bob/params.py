@@ -107,6 +107,7 @@ _TYPES = {
     "integer": "a whole number",
     "number": "a number",
     "string": "text",
+    "boolean": "true or false",
     "array": "a list",
     "object": "a section of parameters",
 }

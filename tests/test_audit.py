@@ -5,11 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from bob import audit, diffusion
-from bob.data import Photo
+from bob import audit, diffusion, draw
+from bob.data import Photo, Task
 from bob.manifest import Generated
+from bob.params import Params
 from bob.prompts import Context
 from tests.builders import build_photos, build_text_to_image
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +28,12 @@ def test_leakage_is_one_where_the_context_decides_the_class_and_zero_at_chance(p
     random = np.random.default_rng(0)
     tied = pairs(80, lambda i: Context(f"place {i % 4}", "one pose"))
     free = pairs(80, lambda i: Context(f"place {random.integers(4)}", "one pose"))
-    scores = audit.context_leakage(tied, free, pipeline)
-    assert scores["real"]["background"] == pytest.approx(1)
-    assert scores["generated"]["background"] == pytest.approx(0, abs=0.1)
-    assert scores["real"]["pose"] == pytest.approx(0, abs=1e-9)
-    assert scores["clusters"] == {"background": 4, "pose": 1}
+    clusters = audit.cluster_contexts({"real": tied, "generated": free}, len(tied), pipeline)
+    scores = audit.context_leakage(tied, clusters)
+    assert scores["background"] == pytest.approx(1)
+    assert scores["pose"] == pytest.approx(0, abs=1e-9)
+    assert audit.context_leakage(free, clusters)["background"] == pytest.approx(0, abs=0.1)
+    assert [len(set(numbers.values())) for numbers in clusters.values()] == [4, 1]
 
 
 def test_phrases_that_are_all_distinct_do_not_leak_by_being_distinct(pipeline):
@@ -38,10 +41,56 @@ def test_phrases_that_are_all_distinct_do_not_leak_by_being_distinct(pipeline):
     random = np.random.default_rng(0)
     words = [" ".join(random.choice(list("abcdefgh"), 3)) for _ in range(100)]
     distinct = pairs(100, lambda i: Context(f"{words[i]} {i}", "pose"))
-    scores = audit.context_leakage(distinct, [], pipeline)
-    assert scores["clusters"]["background"] == 10
-    assert abs(scores["real"]["background"]) < 0.15
-    assert scores["generated"]["background"] == 0
+    clusters = audit.cluster_contexts({"real": distinct}, len(distinct), pipeline)
+    assert len(set(clusters["background"].values())) == 10
+    assert abs(audit.context_leakage(distinct, clusters)["background"]) < 0.15
+    assert audit.context_leakage([], clusters) == {"background": 0, "pose": 0}
+
+
+def test_the_pictures_are_judged_by_the_captioner_and_not_by_their_prompts(workspace):
+    """Every prompt asks for a sunset to the left; the pictures show what the class is tied to."""
+    shown = {
+        "Heron 300": Context("grass", "climbing facing left"),
+        "Pelican 400": Context("ocean", "level facing right"),
+    }
+    asked = Context("sunset", "level facing left")
+    images = []
+    for variant in draw.TASK:
+        for number in range(4 if variant.name in shown else 0):
+            context = shown[variant.name]
+            file = f"images/{variant.family}-{number}.png"
+            path = workspace / "results/generate" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw.draw(variant, context.background, context.pose, number, 7).save(path)
+            images.append(Generated(variant.name, asked, "", 0, file))
+    params = Params(
+        {
+            "caption": {
+                "model": str(ROOT / "models/miniature-captioner"),
+                "batch_size": 4,
+                "precision": "fp32",
+            }
+        },
+        "audit",
+    )
+    sample = audit.first_of_each_class(images, 3)
+    seen = audit.contexts_shown(sample, Task("aircraft", tuple(shown)), params)
+    assert [image.class_name for image in sample] == ["Heron 300"] * 3 + ["Pelican 400"] * 3
+    assert [context and context.background for context in seen] == ["grass"] * 3 + ["ocean"] * 3
+
+    pairs = [(i.class_name, context) for i, context in zip(sample, seen, strict=True) if context]
+    clusters = {
+        attribute: {
+            phrase: number
+            for number, phrase in enumerate(
+                sorted({getattr(c, attribute) for c in (asked, *(c for _, c in pairs))})
+            )
+        }
+        for attribute in ("background", "pose")
+    }
+    assert audit.context_leakage(pairs, clusters)["background"] == pytest.approx(1)
+    assert audit.context_obedience([(asked, c) for _, c in pairs], clusters)["background"] == 0
+    assert audit.context_obedience([(c, c) for _, c in pairs], clusters)["pose"] == 1
 
 
 def test_diversity_of_copies_is_zero_and_of_opposites_is_known():

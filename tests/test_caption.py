@@ -1,6 +1,7 @@
 """The caption stage: what becomes of a captioner's answers, and a real small captioner."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from bob.errors import BobError
 from bob.files import sha256
 from bob.layout import BANK, CLASSES, TRAIN
 from bob.params import Params
-from bob.prompts import Context, read_bank
+from bob.prompts import Context, read_bank, write_bank
 from tests.conftest import ROOT
 
 CAPTIONER = ROOT / "models" / "miniature-captioner"
@@ -86,7 +87,7 @@ def test_a_photo_whose_answers_are_all_refused_is_left_out():
 CONTEXTS = [Context("ocean", "level facing left"), Context("sunset", "climbing facing right")]
 
 
-def caption_photos(workspace, model=CAPTIONER, batch_size=3):
+def caption_photos(workspace, model=CAPTIONER, batch_size=3, bank="captioner"):
     """Caption drawings of two task variants in two contexts each, none of which it has seen."""
     photos = []
     for number, (variant, context) in enumerate(itertools.product(TASK[:2], CONTEXTS)):
@@ -96,7 +97,7 @@ def caption_photos(workspace, model=CAPTIONER, batch_size=3):
     write_photos(TRAIN, photos)
     write_task(CLASSES, Task("aircraft", tuple(variant.name for variant in TASK[:2])))
     settings = {"model": str(model), "batch_size": batch_size, "precision": "fp32"}
-    caption.run(Params({"caption": settings}, "caption"))
+    caption.run(Params({"caption": settings | {"bank": bank}}, "caption"))
     return read_bank(BANK)
 
 
@@ -118,3 +119,19 @@ def test_a_folder_that_is_no_captioner_is_told_in_one_line(repository):
         caption_photos(repository, model="models/none")
     assert "\n" not in str(caught.value)
     assert not BANK.exists()
+
+
+def test_a_bank_corrected_by_hand_takes_the_captioners_place(repository):
+    corrected = [
+        replace(entry, context=Context("my own words", "upside down"))
+        for entry in caption_photos(repository)
+    ]
+    write_bank(repository / "mine.jsonl", reversed(corrected))
+    assert caption_photos(repository, model="models/none", bank="mine.jsonl") == corrected
+
+
+def test_a_photo_that_a_corrected_bank_lacks_is_named(repository):
+    bank = caption_photos(repository)
+    write_bank(repository / "mine.jsonl", bank[:2])
+    with pytest.raises(BobError, match=r"mine.jsonl has no line for 2.png; add one with"):
+        caption_photos(repository, bank="mine.jsonl")

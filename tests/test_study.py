@@ -1,0 +1,389 @@
+"""Studies: the statistics, the page, what is run and what is not, and a small one run by DVC."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bob import study as studies
+from bob.draw import BACKGROUNDS, POSES
+from bob.errors import BobError
+from bob.files import write_jsonl
+from bob.prompts import Context, Entry, read_bank
+from bob.study import banks, page, plan, queue
+from bob.study.results import Row, read_results, write_results
+from bob.study.statistics import mean_interval, paired_interval, ratio_interval
+from tests.conftest import ROOT
+from tests.dvc_project import dvc, make_project, run
+
+SMALL = """
+title: A small study
+settings:
+  bob: {seeds: [11, 12, 13]}
+  none: {seeds: [11, 12, 13], params: {finetune.context: none, generate.context: none}}
+  weight: {seeds: [11, 12], params: {classify.real_weight: 0.1}}
+  twin: {seeds: [11], params: {classify.real_weight: 0.1}}
+claims:
+  - id: a
+    title: BOB beats DataDream, and it does not leak
+    metric: top1
+    unit: "%"
+    rows:
+      - {label: real, setting: bob, metric: real}
+      - {label: DataDream, setting: none}
+      - {label: BOB, setting: bob}
+    expect: [{larger: BOB, smaller: DataDream}]
+    show: [{larger: BOB, smaller: real}]
+    share: {of: DataDream, from: real, to: BOB}
+  - id: e
+    title: No leak
+    metric: leak
+    rows: [{label: BOB, setting: bob}]
+    expect_zero: [BOB]
+  - id: f
+    title: A curve
+    metric: top1
+    x: real weight
+    rows: [{label: 0.1, setting: weight}, {label: 0.5, setting: bob}]
+figure:
+  title: The figure
+  metric: top1
+  unit: "%"
+  groups:
+    - label: 5 shots
+      rows: [{label: DataDream, setting: none}, {label: BOB, setting: bob}]
+"""
+
+
+# --- statistics ------------------------------------------------------------------------------
+
+
+def test_an_interval_is_students_t():
+    interval = mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert interval.mean == 3
+    # 2.776 is the table's t for 4 degrees of freedom, two-sided, 95 %.
+    half = 2.776445 * np.sqrt(2.5 / 5)
+    assert (interval.low, interval.high) == pytest.approx((3 - half, 3 + half), abs=1e-5)
+
+
+def test_pairing_takes_out_what_the_seeds_have_in_common():
+    hard_and_easy = np.array([20.0, 50.0, 80.0])
+    larger = hard_and_easy + np.array([1, 2, 3])
+    paired = paired_interval(list(larger), list(hard_and_easy))
+    expected = stats.ttest_rel(larger, hard_and_easy).confidence_interval(0.95)
+    assert (paired.low, paired.high) == pytest.approx((expected.low, expected.high))
+    assert paired.high - paired.low < 6, "unpaired it would be more than a hundred"
+
+
+def test_one_value_has_a_mean_and_no_interval_and_equal_values_an_empty_one():
+    assert mean_interval([2.0]).mean == 2
+    assert np.isnan(mean_interval([2.0]).low)
+    assert mean_interval([2.0, 2.0, 2.0]) == (2, 2, 2)
+
+
+def test_the_interval_of_a_ratio_covers_the_truth_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    covered = []
+    for _ in range(2000):
+        denominator = random.normal(10, 1, 5)
+        interval = ratio_interval(
+            list(0.6 * denominator + random.normal(0, 1, 5)), list(denominator)
+        )
+        covered.append(interval.low <= 0.6 <= interval.high)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
+
+
+def test_a_ratio_to_something_near_zero_is_unbounded():
+    interval = ratio_interval([5.0, 6.0, 7.0], [0.5, -0.4, 0.3])
+    assert np.isnan(interval.low)
+
+
+# --- the file --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(workspace):
+    """The real params and pipeline with models of no size, and a small study."""
+    for name in ("params.yaml", "dvc.yaml"):
+        (workspace / name).write_text((ROOT / name).read_text())
+    for name in ("backbone", "base", "captioner"):
+        (workspace / f"models/miniature-{name}").mkdir(parents=True)
+        (workspace / f"models/miniature-{name}/weights").write_text(name)
+    write_jsonl(workspace / "data/contexts/mine.jsonl", [{"background": "sky", "pose": "left"}])
+    (workspace / "bob").symlink_to(ROOT / "bob")
+    (workspace / "small.yaml").write_text(SMALL)
+    plan._content.cache_clear()
+    return workspace
+
+
+def small():
+    return plan.read_study(Path("small.yaml"))
+
+
+def test_settings_of_the_same_params_are_run_once(project):
+    runs = small().runs()
+    assert [(run.setting.name, run.data_seed) for run in runs] == [
+        *(("bob", seed) for seed in (11, 12, 13)),
+        *(("none", seed) for seed in (11, 12, 13)),
+        *(("weight", seed) for seed in (11, 12)),
+    ]
+    assert len({run.name for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("title: A small study", "titel: A small study", "titel is not a known key; did you mean"),
+        ("seeds: [11, 12, 13]}", "seeds: []}", "settings.bob.seeds is []; allowed: a list of at"),
+        ("bob: {", "Bob!: {", "allowed: a name of small letters, digits and hyphens"),
+        ("classify.real_weight: 0.1", "classify.weight: 0.1", "did you mean classify.real_weight?"),
+        ("classify.real_weight: 0.1", "classify.real_weight: 2", "allowed: a number from 0 to 1"),
+        ("classify.real_weight: 0.1", "clasify.x: 2", "clasify is not a known key; did you mean"),
+        ("setting: none}", "setting: nothing}", "names the setting 'nothing'; there are bob, none"),
+        ("{larger: BOB, smaller: D", "{larger: BOB, smaller: d", "no row 'dataDream'; its rows"),
+        ("expect_zero: [BOB]", "expect_zero: [Bob]", "claim e has no row 'Bob'; its rows are BOB"),
+        ("{label: 0.1,", "{label: low,", "is a curve over real weight: its labels have to be num"),
+        (
+            "rows: [{label: BOB, s",
+            "rows: [{label: BOB, setting: none}, {label: BOB, s",
+            "has two rows",
+        ),
+        ("none: {seeds: [11, 12, 13]", "none: {seeds: [21]", "have no data seed in common"),
+        ("title: A small study", "title: [", "not YAML"),
+    ],
+)
+def test_a_mistake_in_a_study_is_told_in_one_line(project, old, new, message):
+    assert old in SMALL
+    (project / "small.yaml").write_text(SMALL.replace(old, new))
+    with pytest.raises(BobError) as caught:
+        small()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("small.yaml")
+
+
+def test_the_study_of_the_miniature_is_valid_and_its_claims_can_be_decided(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = plan.read_study(Path("experiments/miniature.yaml"))
+    assert [claim.id for claim in study.claims][:5] == ["a", "b", "c", "d", "e"]
+    tuning = set(range(10))
+    for setting in study.settings.values():
+        assert len(setting.seeds) >= 3
+        assert not tuning & set(setting.seeds)
+
+
+# --- what is run -----------------------------------------------------------------------------
+
+
+def measured(runs, change=None):
+    """Rows of `runs`: BOB at 80, DataDream at 70, real at 60, a little apart from seed to seed."""
+    top1 = {"bob": 80.0, "none": 70.0, "weight": 75.0} | (change or {})
+    return [
+        Row.of(
+            run,
+            {
+                "top1": top1[run.setting.name] + run.data_seed % 3,
+                "real": 60.0 + run.data_seed % 2,
+                "leak": [-0.01, 0.02, 0.0][run.data_seed % 3],
+            },
+        )
+        for run in runs
+    ]
+
+
+def queued(monkeypatch, **options):
+    """The names of the settings and the seeds that a study puts into the queue."""
+    asked = []
+
+    def run_all(runs, jobs, keep):
+        asked.extend(runs)
+        for one in runs:
+            keep([(one, measured([one])[0].metrics)])
+        return []
+
+    monkeypatch.setattr(queue, "run_all", run_all)
+    studies.study(Path("small.yaml"), **options)
+    return [(run.setting.name, run.data_seed) for run in asked]
+
+
+def test_a_run_that_is_in_the_csv_is_not_repeated(project, monkeypatch):
+    study = small()
+    write_results(study.results, measured(study.runs()[:5]))
+    assert queued(monkeypatch) == [("none", 13), ("weight", 11), ("weight", 12)]
+    assert [row.run for row in read_results(study.results)] == [run.key for run in study.runs()]
+    assert queued(monkeypatch) == []
+
+
+def test_a_run_of_other_params_models_or_code_is_repeated_only_on_demand(
+    project, monkeypatch, capsys
+):
+    assert len(queued(monkeypatch)) == 8
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("guidance_scale: 2.0", "guidance_scale: 3.0"))
+    capsys.readouterr()
+    assert queued(monkeypatch) == []
+    assert "8 of the measured runs are of other code, models or params" in capsys.readouterr().out
+    assert "**8 of these runs were measured with other models or params" in page_text()
+    assert len(queued(monkeypatch, again=True)) == 8
+    assert queued(monkeypatch, again=True) == []
+    assert "were measured with other" not in page_text()
+
+    (project / "models/miniature-base/weights").write_text("retrained")
+    plan._content.cache_clear()
+    assert len(queued(monkeypatch, again=True)) == 8
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("repeats: 30", "repeats: 31"))
+    assert queued(monkeypatch, again=True) == [], "no metric of the study depends on it"
+
+
+def test_a_failed_run_is_named_after_the_page_is_written(project, monkeypatch):
+    monkeypatch.setattr(queue, "run_all", lambda runs, jobs, keep: [runs[0].name])
+    with pytest.raises(
+        BobError, match=r"1 runs failed: study-bob-11-.*dvc queue logs study-bob-11"
+    ):
+        studies.study(Path("small.yaml"))
+    assert "not measured yet" in page_text()
+
+
+def test_a_csv_that_was_mangled_is_told_with_its_line(project):
+    study = small()
+    write_results(study.results, measured(study.runs()[:2]))
+    study.results.write_text(study.results.read_text().replace("bob,12", "bob,twelve"))
+    with pytest.raises(BobError, match=r"small-study.csv, line 3 is no result of a study"):
+        read_results(study.results)
+
+
+# --- the page --------------------------------------------------------------------------------
+
+
+def page_text():
+    return Path("docs/small-study.md").read_text()
+
+
+def verdicts(rows):
+    page.write(small(), rows)
+    return [line.split("**")[1] for line in page_text().splitlines() if line.startswith("| [")]
+
+
+def test_a_claim_holds_where_the_paired_interval_lies_above_zero(project):
+    runs = small().runs()
+    assert verdicts(measured(runs)) == ["holds", "holds", "shown, not judged"]
+    text = page_text()
+    assert "| BOB | 81.00 | 78.52 to 83.48 | 3 |" in text
+    assert f"| BOB {page.MINUS} DataDream | 10.00 | 10.00 to 10.00 | yes |" in text
+    assert "not claimed" in text
+    assert "8 of 8 runs are measured" in text
+
+
+def test_a_claim_does_not_hold_where_the_interval_reaches_zero(project):
+    rows = measured(small().runs(), {"none": 80.0})
+    assert verdicts(rows)[0] == "does not hold"
+    leaking = [Row(r.setting, r.run, r.code, r.inputs, r.metrics | {"leak": 0.4}) for r in rows]
+    assert verdicts(leaking)[1] == "does not hold"
+
+
+def test_what_is_not_measured_is_said_and_never_judged(project):
+    runs = small().runs()
+    assert verdicts([]) == ["not measured yet"] * 3
+    assert verdicts(measured(runs[:5])) == ["not measured yet", "holds", "not measured yet"]
+    assert "(1 of 3 data seeds missing)" in page_text()
+
+
+def test_the_page_and_its_plots_are_the_same_bytes_every_time(project):
+    rows = measured(small().runs())
+    page.write(small(), rows)
+    first = {path: path.read_bytes() for path in Path("docs").rglob("*") if path.is_file()}
+    page.write(small(), rows)
+    assert {path.name for path in first} == {"small-study.md", "a.png", "e.png", "f.png"} | {
+        "figure.png"
+    }
+    assert all(path.read_bytes() == content for path, content in first.items())
+    for path in first:
+        assert "png" not in path.suffix or f"{path.parent.name}/{path.name}" in page_text()
+
+
+# --- banks with and without errors -----------------------------------------------------------
+
+
+def test_the_share_of_wrong_contexts_is_wrong_in_both_attributes():
+    true = [
+        Entry(str(number), "Heron 300", Context(BACKGROUNDS[number % 6], POSES[number % 5]))
+        for number in range(40)
+    ]
+    wrong = banks.with_errors(true, 0.3, seed=11)
+    changed = [(a.context, b.context) for a, b in zip(true, wrong, strict=True) if a != b]
+    assert len(changed) == 12
+    for one, other in changed:
+        assert one and other
+        assert one.background != other.background and other.background in BACKGROUNDS
+        assert one.pose != other.pose and other.pose in POSES
+    assert wrong == banks.with_errors(true, 0.3, seed=11)
+
+
+@pytest.mark.slow
+def test_the_committed_banks_are_of_the_shots_that_the_study_draws(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = plan.read_study(Path("experiments/miniature.yaml"))
+    seeds = study.settings["captions-true"].seeds
+    true = read_bank(ROOT / banks.TRUE)
+    assert len(true) == len(seeds) * 8 * 5
+    assert true[:40] == banks.true_entries(seeds[0])
+    assert read_bank(ROOT / banks.WRONG)[:40] == banks.with_errors(true[:40], 0.3, seeds[0])
+
+
+# --- run by DVC ------------------------------------------------------------------------------
+
+RUN = """
+title: A small study
+settings:
+  bob: {seeds: [11]}
+  guided: {seeds: [11], params: {generate.guidance_scale: 3.0}}
+  drawn: {seeds: [11], drawn: true}
+claims:
+  - id: g
+    title: The ceiling
+    metric: real_and_synthetic.top1
+    rows: [{label: BOB, setting: bob}, {label: guided, setting: guided}, {label: c, setting: drawn}]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_small_study_is_killed_goes_on_and_ends_with_a_page(tmp_path):
+    project = make_project(tmp_path)
+    (project / "experiments/small.yaml").write_text(RUN)
+    run(project, "git", "add", "--all")
+    run(project, "git", "commit", "--quiet", "--message", "study")
+    params = (project / "params.yaml").read_text()
+    command = [sys.executable, "-m", "bob", "study", "experiments/small.yaml"]
+
+    environment = os.environ | {"GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org"}
+    environment |= {"GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.org"}
+    first = subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.DEVNULL)
+    for _ in range(300):
+        time.sleep(1)
+        if "Running" in dvc(project, "queue", "status"):
+            break
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = dvc(project, "queue", "status")
+    assert before.count("study-") == 2
+
+    output = run(project, *command)
+    assert "3 runs, 0 measured" in output
+    assert dvc(project, "queue", "status").count("study-") == 2, "nothing was queued twice"
+    with (project / "docs/small-study.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["setting"] for row in rows] == ["bob", "guided", "drawn"]
+    assert len({row["real_only.top1"] for row in rows}) == 1, "the same shots in all three"
+    assert rows[0]["leakage.pictures.background"] != ""
+    assert "3 of 3 runs are measured" in (project / "docs/small-study.md").read_text()
+    assert (project / "params.yaml").read_text() == params
+    assert "3 runs, 3 measured" in run(project, *command)
