@@ -47,7 +47,7 @@ def test_phrases_that_are_all_distinct_do_not_leak_by_being_distinct(pipeline):
     assert audit.context_leakage([], clusters) == {"background": 0, "pose": 0}
 
 
-def test_the_pictures_are_judged_by_the_captioner_and_not_by_their_prompts(workspace):
+def test_the_pictures_are_judged_by_the_captioner_and_not_by_their_prompts(repository):
     """Every prompt asks for a sunset to the left; the pictures show what the class is tied to."""
     shown = {
         "Heron 300": Context("grass", "climbing facing left"),
@@ -59,7 +59,7 @@ def test_the_pictures_are_judged_by_the_captioner_and_not_by_their_prompts(works
         for number in range(4 if variant.name in shown else 0):
             context = shown[variant.name]
             file = f"images/{variant.family}-{number}.png"
-            path = workspace / "results/generate" / file
+            path = repository / "results/generate" / file
             path.parent.mkdir(parents=True, exist_ok=True)
             draw.draw(variant, context.background, context.pose, number, 7).save(path)
             images.append(Generated(variant.name, asked, "", 0, file))
