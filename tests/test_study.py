@@ -226,7 +226,7 @@ def test_a_run_of_other_params_models_or_code_is_repeated_only_on_demand(
 ):
     assert len(queued(monkeypatch)) == 8
     text = (project / "params.yaml").read_text()
-    (project / "params.yaml").write_text(text.replace("guidance_scale: 2.0", "guidance_scale: 3.0"))
+    (project / "params.yaml").write_text(text.replace("guidance_scale: 3.0", "guidance_scale: 2.0"))
     capsys.readouterr()
     assert queued(monkeypatch) == []
     assert "8 of the measured runs are of other code, models or params" in capsys.readouterr().out

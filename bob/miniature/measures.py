@@ -23,6 +23,7 @@ from bob.miniature.captioner import answer
 from bob.miniature.corpus import Pictures, draw_pictures
 from bob.miniature.recipes import SEED
 
+STEPS, GUIDANCE_SCALE = 20, 3.0  # as in params.yaml
 FRESH = 100  # the first index of pictures that no corpus has
 
 Measured = Iterator[tuple[str, str]]
@@ -58,8 +59,8 @@ def of_backbone(folder: Path, models: Path, count: int) -> Measured:
 def of_base(folder: Path, models: Path, count: int) -> Measured:
     """What the autoencoder loses, and whether generated images show what their prompts say.
 
-    `count` images of corpus names in all contexts, DPM-Solver++ with 20 steps and guidance 2.0;
-    the captioner and the backbone in `models` are the judges.
+    `count` images of corpus names in all contexts, by DPM-Solver++ with STEPS steps and guidance
+    GUIDANCE_SCALE; the captioner and the backbone in `models` are the judges.
     """
     network = timm.create_model(f"local-dir:{models / 'miniature-backbone'}", pretrained=True)
     network.eval()
@@ -77,7 +78,8 @@ def of_base(folder: Path, models: Path, count: int) -> Measured:
     obeyed = obedience(images, drawn, models / "miniature-captioner", network)
     for what, judge in (("background", "captioner"), ("pose", "captioner"), ("class", "backbone")):
         yield (
-            f"{what} of {count} generated images as prompted (judged by the miniature's {judge})",
+            f"{what} of {count} images generated with guidance {GUIDANCE_SCALE} as prompted "
+            f"(judged by the miniature's {judge})",
             f"{obeyed[what]:.1%}",
         )
     again = wanted_pictures(variants, count, FRESH + 1)
@@ -150,7 +152,10 @@ def generate(base: Path, prompts: list[str]) -> list[Image.Image]:
         batch = prompts[start : start + 48]
         seeds = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
         images += pipeline(
-            batch, num_inference_steps=20, guidance_scale=2.0, generator=seeds
+            batch,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=seeds,
         ).images
     return images
 
