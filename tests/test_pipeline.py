@@ -158,7 +158,7 @@ def test_change_and_change_back(project):
     original = (project / "params.yaml").read_text()
     lock = (project / "dvc.lock").read_text()
 
-    set_params(project, {"generate": {"guidance_scale": 3.0}})
+    set_params(project, {"generate": {"guidance_scale": 2.5}})
     assert ran(dvc(project, "repro")) == AFTER_GENERATE
     set_params(project, {"benchmark": {"batch_sizes": [2]}})
     assert ran(dvc(project, "repro")) == {"benchmark"}
@@ -176,7 +176,7 @@ def test_a_comment_in_the_code_reruns_its_stage_and_the_wave_stops_there(project
     original = module.read_text()
     try:
         module.write_text(original + "# a comment\n")
-        assert ran(dvc(project, "repro")) == {"caption"}
+        assert ran(dvc(project, "repro")) == {"caption", "audit"}  # both ask the captioner
     finally:
         module.write_text(original)
         dvc(project, "repro")
@@ -215,7 +215,8 @@ def test_metrics_are_scalars_and_say_what_the_user_asked(project):
     assert all(scalars(entry["data"]) for entry in metrics.values())
     accuracy = metrics["metrics/accuracy.json"]["data"]
     assert accuracy["lift"] == pytest.approx(
-        accuracy["real_and_synthetic"]["top1"] - accuracy["real_only"]["top1"]
+        accuracy["real_and_synthetic"]["top1"] - accuracy["real_only"]["top1"],
+        abs=0.011,  # each of the three is rounded to two decimals
     )
     onnx = metrics["metrics/onnx.json"]["data"]
     assert onnx["top1"] == pytest.approx(onnx["torch_top1"])
