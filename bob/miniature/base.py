@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import bob.draw
 from bob.draw import BACKGROUNDS, CONTEXTS, DESCRIPTOR, POSES, SIZE, Variant
-from bob.files import replacing_file
+from bob.files import replacing, replacing_file
 from bob.miniature.backbone import fit_network
 from bob.miniature.corpus import Pictures
 from bob.miniature.formats import declare_float32, merges, write_vocabulary
@@ -139,12 +139,19 @@ def new_tokenizer(captions: list[str]) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=learned, model_max_length=TEXT_LENGTH)
 
 
-def corpus_tokenizer(variants: tuple[Variant, ...]) -> CLIPTokenizer:
-    """The tokenizer of the corpus: every name and every phrase of a context is a few tokens."""
-    names = [prompt(DESCRIPTOR, variant.name) for variant in variants]
-    return new_tokenizer(
-        [*names, *(prompt(DESCRIPTOR, "", Context(*context)) for context in CONTEXTS)]
-    )
+def corpus_tokenizer(variants: tuple[Variant, ...], work: Path) -> CLIPTokenizer:
+    """The tokenizer of the corpus: every name and every phrase of a context is a few tokens.
+
+    Kept in `work`, because the trainer numbers pieces that are equally frequent as chance has it,
+    and a text encoder must keep the numbers it was trained with.
+    """
+    folder = work / "tokenizer"
+    if not folder.exists():
+        names = [prompt(DESCRIPTOR, variant.name) for variant in variants]
+        contexts = [prompt(DESCRIPTOR, "", Context(*context)) for context in CONTEXTS]
+        with replacing(folder) as draft:
+            new_tokenizer([*names, *contexts]).save_pretrained(draft)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 TEXT_LENGTH = 40  # tokens; a caption of the corpus has 22, a spelled-out foreign name a few more
@@ -374,7 +381,7 @@ def train(corpus: Pictures, scale: Scale, folder: Path, work: Path) -> dict[str,
     # Not the backbone, which is to judge what comes of it.
     network = fit_network("perceptual", corpus, scale.perceptual, 1, work)
     autoencoder = fit_autoencoder(corpus, network, scale, work)
-    tokenizer = corpus_tokenizer(corpus.variants)
+    tokenizer = corpus_tokenizer(corpus.variants, work)
     text_encoder = fit_text_encoder(corpus, tokenizer, scale, work)
     unet = fit_unet(corpus, autoencoder, text_encoder, tokenizer, scale, work)
     write_base(unet, text_encoder, tokenizer, autoencoder, folder)
