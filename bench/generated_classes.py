@@ -8,7 +8,6 @@ the right class, of the right family, and of the right class when only its famil
 """
 
 import argparse
-import itertools
 
 import numpy as np
 import torch
@@ -21,6 +20,8 @@ from bob.classifiers import load_backbone
 from bob.data import open_image
 from bob.layout import GENERATE
 from bob.manifest import read_manifest
+from bob.miniature.backbone import SOFTENED, augmented
+from bob.miniature.corpus import as_input, draw_pictures
 
 NAMES = [variant.name for variant in draw.TASK]
 FAMILIES = [variant.family for variant in draw.TASK]
@@ -31,17 +32,8 @@ BATCH = 64
 
 def pictures(indices: range, seed: int) -> tuple[Tensor, Tensor]:
     """Every class in every context for each index: float32 [N, 3, 64, 64] in [-1, 1], labels."""
-    rows = list(itertools.product(enumerate(draw.TASK), draw.CONTEXTS, indices))
-    images = [
-        np.asarray(draw.draw(variant, *context, index, seed))
-        for (_, variant), context, index in tqdm(rows, "drawing")
-    ]
-    return as_input(images), torch.tensor([label for (label, _), _, _ in rows])
-
-
-def as_input(images: list[np.ndarray]) -> Tensor:
-    """uint8 [64, 64, 3] each, as the backbone takes them."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    drawn = draw_pictures(draw.TASK, indices, seed)
+    return drawn.tensor(slice(None)), torch.from_numpy(drawn.variant)
 
 
 def train_judge(images: Tensor, labels: Tensor, steps: int) -> nn.Module:
@@ -53,13 +45,7 @@ def train_judge(images: Tensor, labels: Tensor, steps: int) -> nn.Module:
     random = torch.Generator().manual_seed(0)
     for _ in tqdm(range(steps), "training the judge"):
         rows = torch.randint(len(images), (BATCH,), generator=random)
-        x, y = torch.randint(9, (2,), generator=random).tolist()
-        batch = F.pad(images[rows], (4, 4, 4, 4), mode="replicate")
-        batch = batch[:, :, y : y + draw.SIZE, x : x + draw.SIZE]
-        if torch.rand((), generator=random) < 0.5:
-            side = int(torch.randint(38, draw.SIZE + 1, (), generator=random))
-            batch = F.interpolate(batch, (side, side), mode="bilinear", antialias=True)
-            batch = F.interpolate(batch, (draw.SIZE, draw.SIZE), mode="bilinear")
+        batch = augmented(images[rows], SOFTENED, random)
         loss = F.cross_entropy(judge(batch), labels[rows])
         optimizer.zero_grad()
         loss.backward()
@@ -90,7 +76,9 @@ def main() -> None:
     arguments = parser.parse_args()
     judge = train_judge(*pictures(range(arguments.pictures), JUDGE_SEED), arguments.steps)
     generated = read_manifest()
-    images = as_input([np.asarray(open_image(GENERATE / image.file)) for image in generated])
+    images = as_input(
+        np.stack([np.asarray(open_image(GENERATE / image.file)) for image in generated])
+    )
     labels = torch.tensor([NAMES.index(image.class_name) for image in generated])
     rows = {"true pictures": shares(judge, *pictures(range(2), CHECK_SEED))}
     rows["generated"] = shares(judge, images, labels)

@@ -23,6 +23,7 @@ import click
 import psutil
 
 from bench.project import batches_made, clear_log, forget_items
+from bob.parent import alive
 from tests.dvc_project import TINY, dvc, environment, make_project
 
 OUTPUTS = {
@@ -105,7 +106,7 @@ def kill_and_rerun(
         time.sleep(0.01)
     time.sleep(after)
     tree = [dvc_process, *_children(dvc_process)]
-    if running.poll() is not None or victim is None or not _alive(victim):
+    if running.poll() is not None or victim is None or not alive(victim):
         running.wait()
         return None
     if target == "group":
@@ -114,7 +115,7 @@ def kill_and_rerun(
         victim.kill()
     running.wait()
     _, left = psutil.wait_procs(tree, timeout=5)
-    left = [process for process in left if _alive(process)]
+    left = [process for process in left if alive(process)]
     if left:
         faults.append(f"left running: {', '.join(process.name() for process in left)}")
     if start(project, stage).wait():
@@ -133,13 +134,6 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def kills(project: Path, count: int, seed: int) -> Iterator[Kill]:

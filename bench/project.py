@@ -7,13 +7,17 @@ from bob.items import Index
 from tests.dvc_project import made_log
 
 
+def object_of(project: Path, oid: str) -> Path:
+    """Where an object lies in a project's DVC cache."""
+    return project / ".dvc/cache/files/md5" / oid[:2] / oid[2:]
+
+
 def forget_items(project: Path, stage: str) -> None:
     """Take a stage's items from a project's item cache, and their objects from the DVC cache."""
-    cache = project / ".dvc/cache"
-    index = Index(cache / "bob/items.sqlite")
+    index = Index(project / ".dvc/cache/bob/items.sqlite")
     rows = [row for row in index.all() if row.stage == stage]
     for row in rows:
-        (cache / "files/md5" / row.oid[:2] / row.oid[2:]).unlink(missing_ok=True)
+        object_of(project, row.oid).unlink(missing_ok=True)
     index.drop(rows)
     index.drop_started()
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 
-from bench.project import batches_made, clear_log, forget_items
+from bench.project import batches_made, clear_log, forget_items, object_of
 from bob.items import Index, read_items
 from tests.dvc_project import TINY, dvc, make_project, ran, read_params, restored, run, set_params
 
@@ -135,12 +135,9 @@ def queue(project: Path) -> Iterator[Finding]:
         union <= made <= 1.25 * union,
     )
     yield Finding("all four succeeded", status.count("Success") == 4)
-    cache = project / ".dvc/cache"
-    rows = Index(cache / "bob/items.sqlite").all()
+    rows = Index(project / ".dvc/cache/bob/items.sqlite").all()
     whole_objects = sum(
-        hashlib.md5((cache / "files/md5" / row.oid[:2] / row.oid[2:]).read_bytes()).hexdigest()
-        == row.oid
-        for row in rows
+        hashlib.md5(object_of(project, row.oid).read_bytes()).hexdigest() == row.oid for row in rows
     )
     yield Finding(f"{whole_objects} of {len(rows)} items are whole", whole_objects == len(rows))
 

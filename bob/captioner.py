@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from bob.data import Photo, open_image
 from bob.device import best_device, dtype_name, resolve_precision
@@ -51,27 +52,30 @@ class Captioner:
         processor.tokenizer.padding_side = "left"
         return processor, model.eval().to(self._device)
 
-    @torch.inference_mode()
     def ask(self, photos: Sequence[Photo], question: str) -> list[str]:
         """Ask one question of at most `batch_size` photos, greedily; returns the raw answers."""
-        processor, model = self._loaded
-        # Padded to full size: what a model says must not depend on how many are asked with it.
         for photo in photos:
             _check(photo)
-        images = [open_image(photo.path) for photo in photos]
-        images += images[-1:] * (self._batch_size - len(images))
+        return self.answer([open_image(photo.path) for photo in photos], question)
+
+    @torch.inference_mode()
+    def answer(self, images: Sequence[Image.Image], question: str) -> list[str]:
+        """The same of images that are no files."""
+        processor, model = self._loaded
+        # Padded to full size: what a model says must not depend on how many are asked with it.
+        padded = [*images, *[images[-1]] * (self._batch_size - len(images))]
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
         inputs = processor(
-            text=[text] * len(images),
-            images=[[image] for image in images],
+            text=[text] * len(padded),
+            images=[[image] for image in padded],
             padding=True,
             return_tensors="pt",
         ).to(self._device, dtype=model.dtype)
         output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        answers = output[: len(photos), inputs["input_ids"].shape[1] :]
+        answers = output[: len(images), inputs["input_ids"].shape[1] :]
         return processor.batch_decode(answers, skip_special_tokens=True)
 
 

@@ -48,6 +48,16 @@ def cli() -> None:
     """
 
 
+def _prepare_libraries() -> None:
+    """Set what the libraries read when they are imported."""
+    # Models are local folders: nothing in a stage may reach for a hub, or wait for one.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # stages have their own
+    # Threads that wait for each other must not spin: with another process on the machine, as
+    # `dvc exp run --jobs 2` has, spinning makes small networks ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _add_stage(name: str, help_line: str) -> None:
     @cli.command(name, help=help_line, short_help=help_line)
     def run_stage() -> None:
@@ -56,12 +66,7 @@ def _add_stage(name: str, help_line: str) -> None:
 
             die_with_dvc()
         stage_params = params.for_stage(name)
-        # Models are local folders: nothing in a stage may reach for a hub, or wait for one.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # stages have their own
-        # Threads that wait for each other must not spin: with another process on the machine, as
-        # `dvc exp run --jobs 2` has, spinning makes small networks ten times slower.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        _prepare_libraries()
         importlib.import_module(f"bob.{name}").run(stage_params)
 
 
@@ -125,8 +130,7 @@ def miniature(only: str | None, measure: bool, tiny: bool, out: Path, work: Path
 
     Takes hours. `dvc repro` never needs it: the trained models are in the repository.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _prepare_libraries()
     from bob import miniature as models
 
     if measure:

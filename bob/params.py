@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -59,16 +59,23 @@ def load() -> dict[str, Any]:
 
 def for_stage(stage: str) -> Params:
     """The validated parameters that `stage` declares in `dvc.yaml`, and no others."""
-    values = load()
-    pipeline = read_yaml(PIPELINE)
+    declared = read_yaml(PIPELINE)["stages"][stage].get("params", [])
+    return Params(select(load(), declared, stage), stage)
+
+
+def select(values: Mapping[str, Any], keys: Iterable[str], stage: str) -> dict[str, Any]:
+    """The part of `values` that `keys`, dotted, name; raises BobError for one that is not there."""
     selected: dict[str, Any] = {}
-    for key in pipeline["stages"][stage].get("params", []):
+    for key in keys:
         source, target = values, selected
         *sections, last = key.split(".")
-        for section in sections:
-            source, target = source[section], target.setdefault(section, {})
-        target[last] = source[last]
-    return Params(selected, stage)
+        try:
+            for section in sections:
+                source, target = source[section], target.setdefault(section, {})
+            target[last] = source[last]
+        except (KeyError, TypeError):
+            raise BobError(f"{PARAMS} has no {key}; remove it from stages.{stage}.params") from None
+    return selected
 
 
 def check(path: Path, values: Any, rules: Mapping[str, Any]) -> None:

@@ -55,12 +55,13 @@ def _may_be_dvc(process: psutil.Process) -> bool:
 
 
 def _die_with(process: psutil.Process) -> None:
-    while _alive(process):
+    while alive(process):
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _alive(process: psutil.Process) -> bool:
+def alive(process: psutil.Process) -> bool:
+    """Whether a process runs still; one that is dead and not yet collected does not."""
     try:
         # `is_running` knows a process from another that has its number by now, and counts zombies.
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -42,7 +42,7 @@ from ruamel.yaml import YAML
 from bob import observe
 from bob.errors import BobError
 from bob.files import sha256
-from bob.params import PARAMS, PIPELINE, read_yaml
+from bob.params import PARAMS, PIPELINE, read_yaml, select
 
 SCHEMA = "bob/params.schema.json"
 # They check and dispatch, and are no stage's dependencies.
@@ -210,18 +210,7 @@ class Sandbox:
 
     def _reduce_params(self, root: Path) -> None:
         """Write `params.yaml` with the declared keys only, and a schema that requires no key."""
-        values, reduced = read_yaml(root / PARAMS), dict[str, Any]()
-        for key in self.stage.params:
-            source, target = values, reduced
-            *sections, last = key.split(".")
-            try:
-                for section in sections:
-                    source, target = source[section], target.setdefault(section, {})
-                target[last] = source[last]
-            except (KeyError, TypeError):
-                raise BobError(
-                    f"{PARAMS} has no {key}; remove it from stages.{self.stage.name}.params"
-                ) from None
+        reduced = select(read_yaml(root / PARAMS), self.stage.params, self.stage.name)
         with (self.folder / PARAMS).open("w", encoding="utf-8") as file:
             YAML(typ="safe").dump(reduced, file)
         schema = json.loads((root / SCHEMA).read_text(encoding="utf-8"))

@@ -31,27 +31,33 @@ SOFTENED = 0.5  # share of the backbone's batches
 def fit_network(
     name: str, corpus: Pictures, recipe: Recipe, softened: float, work: Path
 ) -> nn.Module:
-    """Teach a small ResNet the corpus variants.
-
-    Pictures are shifted by up to 4 pixels, and a share of the batches is `softened` by a resize
-    to as little as 60 %, so that it looks at parts and not at grain.
-    """
+    """Teach a small ResNet the corpus variants."""
 
     def loss(model: nn.Module, generator: torch.Generator, count: int) -> Tensor:
         rows = corpus.rows(count, generator)
-        padded = F.pad(corpus.tensor(rows), (4, 4, 4, 4), mode="replicate")
-        x, y = torch.randint(9, (2,), generator=generator).tolist()
-        shifted = padded[:, :, y : y + SIZE, x : x + SIZE]
-        side = int(torch.randint(round(0.6 * SIZE), SIZE + 1, (), generator=generator))
-        smaller = F.interpolate(shifted, (side, side), mode="bilinear", antialias=True)
-        if torch.rand((), generator=generator) < softened:
-            shifted = F.interpolate(smaller, (SIZE, SIZE), mode="bilinear")
+        pixels = augmented(corpus.tensor(rows), softened, generator)
         truth = torch.from_numpy(corpus.variant[rows])
-        return F.cross_entropy(model(shifted), truth, label_smoothing=0.1)
+        return F.cross_entropy(model(pixels), truth, label_smoothing=0.1)
 
     torch.manual_seed(SEED)
     model = timm.create_model(BACKBONE, num_classes=len(corpus.variants), **BACKBONE_ARGS)
     return fit(name, model, loss, recipe, work)
+
+
+def augmented(pixels: Tensor, softened: float, generator: torch.Generator) -> Tensor:
+    """Pictures (n, 3, 64, 64), shifted by up to 4 pixels.
+
+    With probability `softened` they are also resized to as little as 60 % and back, so that a
+    network looks at parts and not at grain.
+    """
+    padded = F.pad(pixels, (4, 4, 4, 4), mode="replicate")
+    x, y = torch.randint(9, (2,), generator=generator).tolist()
+    shifted = padded[:, :, y : y + SIZE, x : x + SIZE]
+    side = int(torch.randint(round(0.6 * SIZE), SIZE + 1, (), generator=generator))
+    if torch.rand((), generator=generator) >= softened:
+        return shifted
+    smaller = F.interpolate(shifted, (side, side), mode="bilinear", antialias=True)
+    return F.interpolate(smaller, (SIZE, SIZE), mode="bilinear")
 
 
 def train(corpus: Pictures, scale: Scale, folder: Path, work: Path) -> dict[str, Recipe]:

@@ -64,7 +64,6 @@ def fit_autoencoder(
     variants apart are the first to be lost. Latents come out with about zero mean and unit
     variance per channel.
     """
-    network.eval().requires_grad_(False)
 
     def loss(autoencoder: AutoencoderTiny, generator: torch.Generator, count: int) -> Tensor:
         pixels = corpus.tensor(corpus.rows(count, generator))

@@ -11,8 +11,6 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -210,26 +208,6 @@ def chat(processor: Qwen2_5_VLProcessor, attribute: str, descriptor: str = DESCR
     return processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-
-
-@torch.inference_mode()
-def answer(folder: Path, images: list[Image.Image], attribute: str) -> list[str]:
-    """What the captioner in `folder` says of each image when asked for `attribute`."""
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    answers: list[str] = []
-    for start in range(0, len(images), 64):
-        batch = images[start : start + 64]
-        inputs = processor(
-            text=[chat(processor, attribute)] * len(batch),
-            images=[[image] for image in batch],
-            padding=True,
-            return_tensors="pt",
-        )
-        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        said = ids[:, inputs["input_ids"].shape[1] :]
-        answers += processor.batch_decode(said, skip_special_tokens=True)
-    return answers
 
 
 def train(corpus: Pictures, scale: Scale, folder: Path, work: Path) -> dict[str, Recipe]:

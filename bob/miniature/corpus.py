@@ -42,11 +42,14 @@ class Pictures:
 
     @classmethod
     def drawn(
-        cls, variants: tuple[Variant, ...], wanted: Sequence[tuple[int, str, str, int]]
+        cls,
+        variants: tuple[Variant, ...],
+        wanted: Sequence[tuple[int, str, str, int]],
+        seed: int = CORPUS_SEED,
     ) -> Pictures:
         """Draw pictures from (variant's index, background, pose, index) of each."""
         pixels = [
-            np.asarray(bob.draw.draw(variants[v], background, pose, index, CORPUS_SEED))
+            np.asarray(bob.draw.draw(variants[v], background, pose, index, seed))
             for v, background, pose, index in tqdm(wanted, desc="drawing", disable=None)
         ]
         truth = [(v, BACKGROUNDS.index(b), POSES.index(p)) for v, b, p, _ in wanted]
@@ -58,8 +61,7 @@ class Pictures:
 
     def tensor(self, rows: Any) -> Tensor:
         """Pictures as the networks take them: float32 (n, 3, 64, 64) in [-1, 1]."""
-        pixels = torch.from_numpy(np.ascontiguousarray(self.pixels[rows]))
-        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return as_input(self.pixels[rows])
 
     def caption(self, row: int) -> str:
         """The paper's template, filled with the truth."""
@@ -71,10 +73,17 @@ class Pictures:
         return torch.randint(len(self), (count,), generator=generator).numpy()
 
 
-def draw_pictures(variants: tuple[Variant, ...], indices: range) -> Pictures:
+def as_input(pixels: np.ndarray) -> Tensor:
+    """uint8 (n, 64, 64, 3) as the networks take it: float32 (n, 3, 64, 64) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def draw_pictures(
+    variants: tuple[Variant, ...], indices: range, seed: int = CORPUS_SEED
+) -> Pictures:
     """Every variant in every context, once for each index."""
     every = itertools.product(range(len(variants)), CONTEXTS, indices)
-    return Pictures.drawn(variants, [(v, *context, index) for v, context, index in every])
+    return Pictures.drawn(variants, [(v, *context, index) for v, context, index in every], seed)
 
 
 def load_corpus(scale: Scale, work: Path) -> Pictures:

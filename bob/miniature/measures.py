@@ -4,7 +4,7 @@ Each measure of a model yields lines (what, value) for its card and for `bob min
 The pictures drawn here were in no training: their indices start where the corpus's may end.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bob.audit import kernel_inception_distance
-from bob.caption import ATTRIBUTES
-from bob.draw import BACKGROUNDS, CONTEXTS, POSES, TASK, Variant, corpus_variants
-from bob.miniature.captioner import answer
-from bob.miniature.corpus import Pictures, draw_pictures
+from bob.caption import ATTRIBUTES, QUESTION
+from bob.captioner import Captioner
+from bob.data import batches
+from bob.draw import (
+    BACKGROUNDS,
+    CONTEXTS,
+    DESCRIPTOR,
+    POSES,
+    TASK,
+    Variant,
+    corpus_variants,
+)
+from bob.miniature.corpus import Pictures, as_input, draw_pictures
 from bob.miniature.recipes import SEED
 
+BATCH = 64
 STEPS, GUIDANCE_SCALE = 20, 3.0  # as in params.yaml
 FRESH = 100  # the first index of pictures that no corpus has
 
@@ -66,9 +76,9 @@ def of_base(folder: Path, models: Path, count: int) -> Measured:
     network.eval()
     variants = _known(network)
     drawn = wanted_pictures(variants, count, FRESH)
-    rebuilt = reconstructed(folder, drawn)
-    yield "reconstruction, PSNR in dB", f"{psnr(rebuilt, drawn.tensor(slice(None))):.2f}"
     pixels = drawn.tensor(slice(None))
+    rebuilt = reconstructed(folder, pixels)
+    yield "reconstruction, PSNR in dB", f"{psnr(rebuilt, pixels):.2f}"
     yield (
         f"backbone's top-1 accuracy on {count} drawn pictures, and on their reconstructions",
         f"{_agreement(_named(network, pixels), drawn.variant):.1%}, "
@@ -85,7 +95,7 @@ def of_base(folder: Path, models: Path, count: int) -> Measured:
     again = wanted_pictures(variants, count, FRESH + 1)
     real = _features(network, pixels)
     for what, other in (
-        ("generated images", _tensor(images)),
+        ("generated images", _pixels(images)),
         ("other drawn pictures", again.tensor(slice(None))),
     ):
         mean, std = kernel_inception_distance(real, _features(network, other))
@@ -113,13 +123,13 @@ def wanted_pictures(variants: tuple[Variant, ...], count: int, index: int) -> Pi
 
 
 @torch.inference_mode()
-def reconstructed(base: Path, pictures: Pictures) -> Tensor:
-    """The pictures after the autoencoder: (n, 3, 64, 64) in [-1, 1]."""
+def reconstructed(base: Path, pixels: Tensor) -> Tensor:
+    """Pictures after the autoencoder, both (n, 3, 64, 64) in [-1, 1]."""
     autoencoder = AutoencoderTiny.from_pretrained(base, subfolder="vae")
     return torch.cat(
         [
-            autoencoder.decode(autoencoder.encode(pixels).latents).sample.clamp(-1, 1)
-            for pixels in pictures.tensor(slice(None)).split(64)
+            autoencoder.decode(autoencoder.encode(batch).latents).sample.clamp(-1, 1)
+            for batch in pixels.split(64)
         ]
     )
 
@@ -138,8 +148,18 @@ def obedience(
             answer(captioner, images, "background"), [BACKGROUNDS[i] for i in wanted.background]
         ),
         "pose": _agreement(answer(captioner, images, "pose"), [POSES[i] for i in wanted.pose]),
-        "class": _agreement(_named(network, _tensor(images)), wanted.variant),
+        "class": _agreement(
+            _named(network, _pixels(images)),
+            wanted.variant,
+        ),
     }
+
+
+def answer(folder: Path, images: list[Image.Image], attribute: str) -> list[str]:
+    """What the captioner in `folder` says of each image when asked for `attribute`."""
+    captioner = Captioner(folder, "fp32", BATCH)
+    question = QUESTION.format(attribute=attribute, descriptor=DESCRIPTOR)
+    return [said for batch in batches(images, BATCH) for said in captioner.answer(batch, question)]
 
 
 def generate(base: Path, prompts: list[str]) -> list[Image.Image]:
@@ -165,9 +185,8 @@ def _known(network: Any) -> tuple[Variant, ...]:
     return corpus_variants()[: network.num_classes]
 
 
-def _tensor(images: Sequence[Image.Image]) -> Tensor:
-    pixels = np.stack([np.asarray(image) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+def _pixels(images: list[Image.Image]) -> Tensor:
+    return as_input(np.stack([np.asarray(image) for image in images]))
 
 
 @torch.inference_mode()
