@@ -12,8 +12,8 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_model_args
 from torch import Tensor, nn
@@ -229,15 +229,20 @@ def weights_path(folder: Path, variant: str, seed: int) -> Path:
     return folder / variant / f"seed-{seed}.safetensors"
 
 
-def write_weights(
-    folder: Path, variant: str, seed: int, weights: dict[str, Tensor], description: dict[str, Any]
-) -> None:
-    """Write one classifier's weights."""
-    path = weights_path(folder, variant, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def weights_file(
+    weights: dict[str, Tensor], description: dict[str, Any], history: dict[str, Any]
+) -> bytes:
+    """One classifier's file: its weights and, as JSON, how its training went."""
     # One metadata key at most: safetensors writes several in an order that changes by process.
-    metadata = {"architecture": json.dumps(description["architecture"])}
-    save_file({k: v.contiguous() for k, v in weights.items()}, path, metadata=metadata)
+    about = {"architecture": description["architecture"], "history": history}
+    metadata = {"bob": json.dumps(about, sort_keys=True)}
+    return save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata)
+
+
+def read_history(path: Path) -> dict[str, Any]:
+    """How the training of the classifier in `path` went, as given to `weights_file`."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["bob"])["history"]
 
 
 def load_classifier(

@@ -23,11 +23,12 @@ LORA = FINETUNE / "lora"
 GENERATE = Path("results/generate")
 GENERATED = GENERATE / "manifest.jsonl"
 
-# Which items of the item cache the two stages above used. Nothing depends on these: an item's key
+# Which items of the item cache the stages used. Nothing depends on these: an item's key
 # changes with the code that makes it, also where the item itself comes out the same.
 ITEMS = Path("results/items")
 CAPTION_ITEMS = ITEMS / "caption.jsonl"
 GENERATED_ITEMS = ITEMS / "generate.jsonl"
+CLASSIFY_ITEMS = ITEMS / "classify.jsonl"
 
 CLASSIFY = Path("results/classify")
 EVALUATE = Path("results/evaluate")

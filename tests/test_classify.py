@@ -1,7 +1,9 @@
 """Stage `classify`: the loss, the two variants, model selection, files."""
 
+import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,22 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from bob import classifiers, classify, layout
+from bob import classifiers, classify, layout, training
 from bob.classifiers import Preprocessing, load_backbone, load_classifier, read_trained
-from bob.classify import Recipe, learning_rate, mixed, weighted_loss
+from bob.data import read_photos, read_task, write_photos
 from bob.errors import BobError
 from bob.files import write_jsonl
+from bob.items import read_items
 from bob.manifest import Generated, read_manifest, write_manifest
-from tests.tiny_project import RECIPE, add_generated, classify_params, make_project, tree
+from bob.training import Recipe, Validation, learning_rate, mixed, weighted_loss
+from tests.tiny_project import (
+    RECIPE,
+    add_generated,
+    classify_params,
+    forget_items,
+    make_project,
+    tree,
+)
 
 
 @pytest.fixture
@@ -85,6 +96,7 @@ def test_the_same_inputs_give_the_same_bytes_and_no_path_of_this_machine(
 ) -> None:
     classify.run(classify_params())
     first = tree(layout.CLASSIFY)
+    forget_items()
     classify.run(classify_params())
     assert tree(layout.CLASSIFY) == first
     assert not [name for name, content in first.items() if str(project).encode() in content]
@@ -96,6 +108,7 @@ def test_the_same_inputs_give_the_same_bytes_and_no_path_of_this_machine(
 def test_real_only_is_bit_identical_whatever_the_synthetic_set(project: Path) -> None:
     def trained_on(generated: int, first_seed: int) -> dict[str, bytes]:
         add_generated(project, generated, first_seed)
+        forget_items()
         classify.run(classify_params(epochs=2))
         return {k: v for k, v in tree(layout.CLASSIFY).items() if "seed-" in k}
 
@@ -112,8 +125,8 @@ def test_a_classifier_is_rebuilt_without_its_backbone_and_performs_as_recorded(
     for file in (project / "models/tiny").iterdir():
         file.unlink()
     trained = read_trained()
-    photos = classify.read_photos(layout.VAL)
-    validation = classify.Validation.read(photos, classify.read_task(), trained.preprocessing)
+    photos = classify.labelled(read_photos(layout.VAL), read_task())
+    validation = Validation.read(photos, trained.preprocessing)
     for variant in classifiers.VARIANTS:
         for seed in trained.seeds:
             model = load_classifier(trained, variant, seed)
@@ -197,13 +210,15 @@ def test_images_beyond_the_memory_limit_are_read_again_to_the_same_result(
 ) -> None:
     classify.run(classify_params(epochs=2, seeds=[0]))
     kept = tree(layout.CLASSIFY)
-    monkeypatch.setattr(classify, "KEPT_BYTES", 10_000)  # two images
+    monkeypatch.setattr(training, "KEPT_BYTES", 10_000)  # two images
+    forget_items()
     classify.run(classify_params(epochs=2, seeds=[0]))
     assert tree(layout.CLASSIFY) == kept
 
 
 def test_automatic_precision_is_fp32_on_the_cpu_and_bf16_can_be_asked_for(project: Path) -> None:
     def weights(precision: str) -> bytes:
+        forget_items()
         classify.run(classify_params(precision=precision, epochs=1, seeds=[0]))
         return (layout.CLASSIFY / "real_only/seed-0.safetensors").read_bytes()
 
@@ -235,6 +250,65 @@ def test_a_vision_transformer_with_its_own_input_size_trains_and_is_rebuilt(proj
     trained = read_trained()
     assert trained.preprocessing.size == (48, 48)
     load_classifier(trained, "real_only", 0)
+
+
+# --- what was trained before ---------------------------------------------------------------------
+
+
+def reused_and_made(capfd: pytest.CaptureFixture[str], **changes: object) -> str:
+    classify.run(classify_params(epochs=2, **changes))
+    last_line = capfd.readouterr().out.splitlines()[-1]
+    return last_line[last_line.rindex("(") :]
+
+
+def test_only_the_classifiers_that_a_change_concerns_are_trained(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert reused_and_made(capfd) == "(0 reused, 4 made)"
+    first = tree(layout.CLASSIFY)
+    assert reused_and_made(capfd, real_weight=0.3) == "(2 reused, 2 made)"  # not real_only
+    assert reused_and_made(capfd, seeds=[1, 2, 0]) == "(4 reused, 2 made)"
+    add_generated(project, 3)
+    assert reused_and_made(capfd) == "(2 reused, 2 made)"
+    write_jsonl(layout.GENERATED, [])
+    assert reused_and_made(capfd, real_weight=0.1) == "(2 reused, 0 made)"
+    add_generated(project, 2)
+    assert reused_and_made(capfd) == "(4 reused, 0 made)"
+    assert tree(layout.CLASSIFY) == first
+
+
+@pytest.mark.parametrize("what", ["backbone", "training photo", "validation photo", "label"])
+def test_whatever_decides_a_classifier_has_it_trained_again(
+    project: Path, capfd: pytest.CaptureFixture[str], what: str
+) -> None:
+    reused_and_made(capfd)
+    if what == "backbone":
+        torch.manual_seed(7)
+        timm.models.save_for_hf(
+            timm.create_model("test_efficientnet", num_classes=5),
+            "models/tiny",
+            safe_serialization=True,
+            data_config={"input_size": (3, 32, 32)},
+        )
+    else:
+        listing = layout.VAL if what == "validation photo" else layout.TRAIN
+        first, *others = read_photos(listing)
+        if what == "label":
+            other = next(p.class_name for p in others if p.class_name != first.class_name)
+            changed = replace(first, class_name=other)
+        else:
+            changed = replace(first, path=others[-1].path, sha256=others[-1].sha256)
+        write_photos(listing, [changed, *others])
+    assert reused_and_made(capfd) == "(0 reused, 4 made)"
+
+
+def test_the_list_of_items_names_every_file_of_weights(project: Path) -> None:
+    classify.run(classify_params(epochs=1))
+    listed = {item.file: item.oid for item in read_items(layout.CLASSIFY_ITEMS)}
+    files = {str(path): path for path in layout.CLASSIFY.glob("*/seed-*.safetensors")}
+    assert listed == {
+        name: hashlib.md5(path.read_bytes()).hexdigest() for name, path in files.items()
+    }
 
 
 # --- what users get wrong -----------------------------------------------------------------------

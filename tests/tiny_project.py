@@ -1,12 +1,14 @@
 """A project folder with a tiny task of real images, for the tests of the classifier's stages."""
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from dvc.repo import Repo
 from PIL import Image
 
 from bob import layout
@@ -78,6 +80,8 @@ def make_project(
     root: Path, train: int = 2, val: int = 2, test: int = 3, generated: int = 2
 ) -> Path:
     """Fill `root` with everything the stage `classify` reads; counts are per class."""
+    if not (root / ".dvc").exists():
+        Repo.init(str(root), no_scm=True).close()
     backbone = root / "models/tiny"
     torch.manual_seed(0)
     model = timm.create_model("test_efficientnet", num_classes=5)
@@ -99,6 +103,11 @@ def make_project(
 def classify_params(**changes: Any) -> Params:
     """The stage's parameters, as `params.for_stage("classify")` gives them."""
     return Params({"classify": {**RECIPE, **changes}}, "classify")
+
+
+def forget_items() -> None:
+    """Empty the item cache of the current folder's project."""
+    shutil.rmtree(".dvc/cache", ignore_errors=True)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

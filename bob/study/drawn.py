@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from bob import params
@@ -48,7 +49,10 @@ def measure(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def sandbox(values: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder with the project's code and models and the params `values`, and without results."""
+    """A folder with the project's code and models and the params `values`, and without results.
+
+    Its cache is the project's, so that what both need is computed once.
+    """
     with tempfile.TemporaryDirectory(prefix="bob-study-") as scratch:
         folder = Path(scratch)
         shutil.copytree("bob", folder / "bob", ignore=shutil.ignore_patterns("__pycache__"))
@@ -56,6 +60,10 @@ def sandbox(values: Mapping[str, Any]) -> Iterator[Path]:
         (folder / "models").symlink_to(Path("models").absolute())
         with (folder / params.PARAMS).open("w", encoding="utf-8") as file:
             YAML(typ="safe").dump(values, file)
+        with Repo() as project:
+            cache = project.cache.local_cache_dir
+        with Repo.init(scratch, no_scm=True) as repo, repo.config.edit() as config:
+            config["cache"]["dir"] = cache
         yield folder
 
 
