@@ -10,7 +10,7 @@ In a copy of this project, at the parameters of params.yaml or at tiny ones:
 
 Exit status 1 where anything was made that had been made before, where four experiments make more
 than 1.25 times what they want together, or (not with --tiny) where the missing half of the images
-takes more than 1.1 times half as long as all.
+takes more than 1.1 times half as long as all, what DVC and imports take in any run apart.
 """
 
 import hashlib
@@ -60,16 +60,18 @@ def more_images(project: Path, *, timed: bool) -> Iterator[Finding]:
     _, first, _ = repro(project, "generate", images_per_class=half)
     _, second, seconds = repro(project, "generate", images_per_class=whole)
     shutil.rmtree(project / ".dvc/cache/runs")
-    _, back, _ = repro(project, "generate", images_per_class=half)
+    _, back, seconds_of_none = repro(project, "generate", images_per_class=half)
     forget_items(project, "generate")
     shutil.rmtree(project / ".dvc/cache/runs")
     _, everything, seconds_of_all = repro(project, "generate", images_per_class=whole)
     yield Finding(
         f"{half} -> {whole} images a class: {second} of {everything} made", 2 * second == everything
     )
+    share = (seconds - seconds_of_none) / (seconds_of_all - seconds_of_none)
     yield Finding(
-        f"in {seconds:.0f} s, {seconds / seconds_of_all:.2f} of the {seconds_of_all:.0f} s of all",
-        not timed or seconds <= 1.1 * 0.5 * seconds_of_all,
+        f"in {seconds:.0f} s of the {seconds_of_all:.0f} s of all; without the "
+        f"{seconds_of_none:.0f} s that a run takes that makes none: {share:.2f} of it",
+        not timed or share <= 1.1 * 0.5,
     )
     yield Finding(f"back to {half}: {back} made", back == 0 and first == second)
 
