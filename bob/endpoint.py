@@ -35,7 +35,7 @@ SCHEMA: dict[str, Any] = {
     "properties": {
         "url": {
             "type": "string",
-            "pattern": r"^https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d{1,5})?(/[^\s?#@]*)?$",
+            "pattern": r"^https?://[\w-]+(\.[\w-]+)*(:\d{1,5})?(/[^\s?#@]*)?$",
             "description": "http://host:port/v1 or the like, without a key",
         },
         "model": {
@@ -151,7 +151,7 @@ class Endpoint:
         if isinstance(error, APITimeoutError):
             reason = f"nothing came within {self._timeout_s} s"
         elif isinstance(error, APIConnectionError):
-            reason = str(error.__cause__ or error)
+            reason = str(error.__cause__ or "") or reason
         # A server may say what it was sent.
         reason = " ".join(reason.replace(self._key, f"<{KEY}>").split())[:200]
         if status in (401, 403):
@@ -162,10 +162,10 @@ class Endpoint:
             advice = "check model there, and whether it takes images"
         else:
             advice = (
-                f"asked {1 + self._retries} times; what was answered is kept, so run the stage "
-                "again when the endpoint is up, or raise timeout_s or retries there"
+                f"gave up after {self._retries} retries; what was answered is kept: run the stage "
+                "again later, or raise timeout_s or retries there"
             )
-        return f"{self._file}: {self._model} at {self._url} does not answer ({reason}); {advice}"
+        return f"{self._file}: no answer from {self._model} at {self._url} ({reason}); {advice}"
 
 
 def _check_answer(response: "httpx2.Response") -> None:

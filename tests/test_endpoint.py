@@ -200,16 +200,16 @@ def test_it_waits_longer_each_time_or_as_long_as_the_server_says(workspace, serv
 def test_what_does_not_pass_is_told_with_what_to_do(workspace, server, reply, reason):
     server.replies = [reply] * 2
     message = told(server, timeout_s=0.3, retries=1)
-    assert f"org/vlm at {server.url} does not answer" in message
+    assert f"no answer from org/vlm at {server.url} (" in message
     assert reason in message
-    assert "asked 2 times; what was answered is kept" in message
+    assert "gave up after 1 retries; what was answered is kept" in message
 
 
 def test_an_endpoint_that_is_not_there_is_told(workspace, server):
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     message = told(server, url=url, retries=0)
-    assert f"{url} does not answer" in message
+    assert f"no answer from org/vlm at {url} (" in message
     assert "refused" in message
 
 
@@ -245,6 +245,8 @@ def test_of_a_batch_that_fails_the_answers_that_came_are_handed_over(workspace, 
         ('{"url": "http://a/v1"}', "model is missing"),
         ('{"url": "a/v1", "model": "m"}', 'url is "a/v1"; allowed: http://host:port/v1'),
         ('{"url": "http://a:b/v1", "model": "m"}', "allowed: http://host:port/v1"),
+        ('{"url": "http://a..b/v1", "model": "m"}', "allowed: http://host:port/v1"),
+        ('{"url": "http://me:key@a/v1", "model": "m"}', "or the like, without a key"),
         ('{"url": "http://a/v1", "model": ""}', "the name that the endpoint knows the model by"),
         ('{"url": "http://a/v1", "model": "m", "key": "s"}', "key is not a known key; known here:"),
         ('{"url": "http://a/v1", "model": "m", "timeout_s": 0}', "a number above 0"),
@@ -335,7 +337,7 @@ def test_after_a_failure_only_what_was_not_answered_is_asked(project, server):
         return (400, {}, b"") if shown(asked) in refused else (200, {}, chat("clear sky"))
 
     server.reply = reply
-    with pytest.raises(BobError, match="does not answer"):
+    with pytest.raises(BobError, match="no answer from"):
         run_stage(batch_size=4)
     assert not BANK.exists()
     assert len(server.asked) == 6  # four, and two of which one was refused
