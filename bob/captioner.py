@@ -19,7 +19,7 @@ from bob.files import sha256
 MADE_BY = ("captioner", "data")
 LIBRARIES = ("pillow",)
 
-MAX_NEW_TOKENS = 32
+MAX_NEW_TOKENS = 32  # a lead-in and the dozen words that the stage keeps
 
 
 class Model(Protocol):

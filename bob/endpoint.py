@@ -176,15 +176,13 @@ def _check_answer(response: "httpx2.Response") -> None:
         return
     response.read()
     try:
-        content = response.json()["choices"][0]["message"].get("content")
+        (response.json()["choices"][0]["message"].get("content") or "").encode()
     except (ValueError, LookupError, TypeError, AttributeError):
-        content = response
-    if not isinstance(content, str | None):
-        raise httpx2.DecodingError("it sent no chat completion", request=response.request)
+        raise httpx2.DecodingError("it sent no chat completion", request=response.request) from None
 
 
 def _data_url(image: Image.Image) -> str:
-    # JPEG: a photo was one before, and PNG is five times the bytes to send.
+    # JPEG: a photo was one before, and PNG is several times the bytes to send.
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import socket
 import threading
@@ -155,7 +156,7 @@ def test_a_broken_key_is_told_without_saying_it(workspace, server, monkeypatch):
 
 
 def hang(asked):
-    time.sleep(0.6)
+    time.sleep(1)
 
 
 @pytest.mark.parametrize(
@@ -168,23 +169,31 @@ def hang(asked):
         (200, {}, {"choices": []}),
         (200, {}, {"object": "error"}),
         (200, {}, []),
+        (200, {}, chat([{"type": "text"}])),
+        (200, {}, chat("half an emoji: \ud83d")),
         None,
-        hang,
     ],
-    ids=["429", "503", "half", "html", "no choice", "no choices", "list", "closed", "hangs"],
+    ids=["429", "503", "half", "html", "empty", "none", "list", "parts", "surrogate", "closed"],
 )
 def test_what_passes_is_asked_again(workspace, server, reply):
     server.replies = [reply]
-    assert ask(server, timeout_s=0.3, retries=1) == ["clear sky"]
+    assert ask(server, retries=1) == ["clear sky"]
     assert len(server.asked) == 2
 
 
-def test_it_waits_longer_each_time_or_as_long_as_the_server_says(workspace, server):
-    server.replies = [(500, {}, b""), (500, {}, b""), (429, {"Retry-After": "0.1"}, b"")]
+def test_a_server_that_says_nothing_is_asked_again(workspace, server):
+    server.replies = [hang]
+    assert ask(server, timeout_s=0.5) == ["clear sky"]
+    assert len(server.asked) >= 2
+
+
+def test_it_waits_as_long_as_the_server_says_or_else_longer_each_time(workspace, server):
+    """The first time it would by itself wait half a second at most."""
+    server.replies = [(429, {"Retry-After": "1"}, b""), (500, {}, b"")]
     assert ask(server) == ["clear sky"]
-    first, second, third = (b - a for a, b in zip(server.times, server.times[1:], strict=False))
-    assert 0.3 < first < second
-    assert 0.1 <= third < first
+    first, second = (b - a for a, b in itertools.pairwise(server.times))
+    assert first >= 1
+    assert second > 0.6
 
 
 @pytest.mark.parametrize(
@@ -302,7 +311,7 @@ def shown(asked):
 
 
 def test_as_many_questions_are_under_way_as_the_batch_has(project, server):
-    together = threading.Barrier(3, timeout=5)
+    together = threading.Barrier(3, timeout=20)
 
     def reply(asked):
         together.wait()  # broken, and with it the test, unless three are there
