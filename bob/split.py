@@ -19,6 +19,7 @@ from bob.data import Photo, Task, open_image, write_photos, write_task
 from bob.errors import BobError
 from bob.files import replacing, sha256
 from bob.layout import CLASSES, SPLIT, TEST, TRAIN, VAL
+from bob.naming import class_name_of
 from bob.params import Params, check, read_yaml
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -28,7 +29,16 @@ DATASET_SCHEMA: dict[str, Any] = {
     "required": ["descriptor"],
     "additionalProperties": False,
     "properties": {
-        "descriptor": {"type": "string", "pattern": r"\S", "description": "a noun such as bird"}
+        "descriptor": {"type": "string", "pattern": r"\S", "description": "a noun such as bird"},
+        "classes": {
+            "type": "object",
+            "description": "a mapping of folders to class names",
+            "additionalProperties": {
+                "type": "string",
+                "pattern": r"\S",
+                "description": "the class's name",
+            },
+        },
     },
 }
 
@@ -153,24 +163,32 @@ def _check_enough(
 def read_dataset(folder: Path) -> Dataset:
     """Read `folder`: class folders, directly or inside train/, val/ and test/, and dataset.yaml.
 
-    Every image is decoded once. Raises BobError naming the file or class for: no descriptor, an
-    empty class, an unreadable image, a test class that is not in train, one content in two classes
-    or in two parts. A second copy of an image within a class is left out with a warning.
+    A class is named as its folder, or as `classes` in dataset.yaml says. Every image is decoded
+    once. Raises BobError naming the file or class for: no descriptor, a name for a folder that is
+    not there, two folders of one class, an empty class, an unreadable image, a test class that is
+    not in train, one content in two classes or in two parts. A second copy of an image within a
+    class is left out with a warning.
     """
     if not folder.is_dir():
         raise BobError(
             f"{folder} is missing; put class folders of photos there, then "
             f"`dvc add {folder} && git add {folder}.dvc`, or set data.name to what you have"
         )
-    descriptor = _read_descriptor(folder / "dataset.yaml")
+    about = folder / "dataset.yaml"
+    descriptor, names = _read_about(about)
     if any(path.is_dir() for path in (folder / "train").glob("*")):
-        parts = {
-            part: _list_classes(folder / part)
-            for part in ("train", "val", "test")
-            if (folder / part).is_dir()
+        roots = {
+            part: folder / part for part in ("train", "val", "test") if (folder / part).is_dir()
         }
     else:
-        parts = {"train": _list_classes(folder)}
+        roots = {"train": folder}
+    for name in names:
+        if not any((root / name).is_dir() for root in roots.values()):
+            raise BobError(
+                f"{about}: classes names the folder {name!r}, which is not there; correct or "
+                "remove the entry"
+            )
+    parts = {part: _list_classes(root, names) for part, root in roots.items()}
 
     files = [path for classes in parts.values() for paths in classes.values() for path in paths]
     hashes = _decode_and_hash(files)
@@ -185,7 +203,8 @@ def read_dataset(folder: Path) -> Dataset:
     return Dataset(descriptor, photos["train"], photos.get("val"), photos.get("test"))
 
 
-def _read_descriptor(path: Path) -> str:
+def _read_about(path: Path) -> tuple[str, dict[str, str]]:
+    """The descriptor, and the names of classes that are not spelled as their folders."""
     if not path.is_file():
         raise BobError(
             f"{path} is missing; write one line into it, the generic noun of all classes, such as: "
@@ -193,16 +212,17 @@ def _read_descriptor(path: Path) -> str:
         )
     value = read_yaml(path)
     check(path, value, DATASET_SCHEMA)
-    return value["descriptor"].strip()
+    # YAML reads a folder "747" as a number.
+    names = {str(name): " ".join(said.split()) for name, said in value.get("classes", {}).items()}
+    return value["descriptor"].strip(), names
 
 
-def _list_classes(folder: Path) -> dict[str, list[Path]]:
+def _list_classes(folder: Path, names: Mapping[str, str]) -> dict[str, list[Path]]:
     classes: dict[str, list[Path]] = {}
     for directory in sorted(folder.iterdir()):
         if not directory.is_dir() or directory.name.startswith("."):
             continue
-        # As benchmarks and prompts spell it: a folder "Anna_Hummingbird" is "Anna Hummingbird".
-        class_name = " ".join(directory.name.replace("_", " ").split())
+        class_name = names.get(directory.name) or class_name_of(directory.name)
         if class_name in classes:
             raise BobError(f"{folder}: two folders spell the class {class_name!r}; merge them")
         files = sorted(

@@ -8,6 +8,7 @@ from PIL import Image
 from bob import split
 from bob.data import read_photos, read_task
 from bob.errors import BobError
+from bob.naming import class_name_of, folder_of
 from bob.params import Params
 from tests.builders import build_photos
 
@@ -111,6 +112,44 @@ def test_all_shots_leave_no_validation_and_say_so(workspace, capsys):
     assert not val
     assert len(train) + len(test) == 17
     assert "keep the last epoch" in capsys.readouterr().err
+
+
+def test_dataset_yaml_can_name_a_class_otherwise_than_its_folder(workspace):
+    folder = dataset(workspace, {"F%2FA-18": 8, "747": 8, "Tu-134": 8}, parts=["train", "test"])
+    (folder / "dataset.yaml").write_text(
+        "descriptor: aircraft\nclasses:\n  F%2FA-18: F/A-18\n  747: Boeing  747_8\n"
+    )
+    train, *_ = draw()
+    assert read_task().classes == ("Boeing 747_8", "F/A-18", "Tu-134")
+    assert {photo.class_name for photo in read_photos(split.TEST)} == set(read_task().classes)
+    assert {path.split("/")[0] for path in train} == {"F%2FA-18", "747", "Tu-134"}
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("{Anna: Anna's}", "dataset.yaml: classes names the folder 'Anna', which is not there"),
+        (
+            "{Anna_Hummingbird: Rufous Hummingbird}",
+            "two folders spell the class 'Rufous Hummingbird'",
+        ),
+        ("{Anna_Hummingbird: 3}", "classes.Anna_Hummingbird is 3; allowed: the class's name"),
+        ("{Anna_Hummingbird: ' '}", 'classes.Anna_Hummingbird is " "; allowed: the class'),
+        ("[Anna]", 'classes is ["Anna"]; allowed: a mapping of folders to class names'),
+    ],
+)
+def test_a_mistake_in_the_names_is_told(workspace, classes, message):
+    folder = dataset(workspace)
+    (folder / "dataset.yaml").write_text(f"descriptor: bird\nclasses: {classes}\n")
+    assert message in told()
+
+
+def test_every_class_has_a_folder_of_its_own_that_spells_it_where_a_folder_can():
+    names = ["Anna Hummingbird", "Anna_Hummingbird", "F/A-18", "F%2FA-18", "F A-18", "..", "."]
+    folders = [folder_of(name) for name in names]
+    assert len(set(folders)) == len(names)
+    assert not any("/" in folder or folder.startswith(".") for folder in folders)
+    assert folders[0] == "Anna_Hummingbird" and class_name_of(folders[0]) == names[0]
 
 
 def test_the_same_split_is_the_same_bytes(workspace):
