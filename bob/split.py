@@ -65,6 +65,7 @@ def run(params: Params) -> None:
             draw_split(
                 dataset,
                 shots=params.data.shots,
+                imbalance=params.data.imbalance,
                 seed=params.data.seed,
                 val_per_class=params.data.val_per_class,
                 test_fraction=params.data.test_fraction,
@@ -96,6 +97,7 @@ def draw_split(
     dataset: Dataset,
     *,
     shots: int | str,
+    imbalance: float,
     seed: int,
     val_per_class: int,
     test_fraction: float,
@@ -103,9 +105,10 @@ def draw_split(
 ) -> Split:
     """Choose train, validation and test photos of every class.
 
-    Photos are ranked by a hash of the seed and their content, and the shots are the first ones: so
-    ten shots contain the five, and a photo that is added moves no other. Validation is the end of
-    the same ranking, so it stays when the number of shots changes. Test, where the dataset has
+    Photos are ranked by a hash of the seed and their content, and the shots are the first ones, as
+    many as `shots_by_class` says: so ten shots contain the five and a balanced split the long tail,
+    and a photo that is added moves no other. Validation is the end of the same ranking, so it stays
+    when the number of shots or the imbalance changes. Test, where the dataset has
     none of its own, is ranked without the seed: every draw of shots is measured on the same photos.
 
     Raises BobError naming the classes that have too few photos, and what would fit.
@@ -122,10 +125,12 @@ def draw_split(
             photos = ranked[held_out:]
         pools[class_name] = _ranked(photos, str(seed))
     _check_enough(pools, dataset, shots, val_per_class, name)
+    available = {class_name: len(pool) for class_name, pool in pools.items()}
+    drawn = shots_by_class(available, shots, imbalance, seed)
 
     for class_name, pool in pools.items():
+        train += pool[: drawn[class_name]]
         taken = len(pool) if shots == "all" else int(shots)
-        train += pool[:taken]
         if dataset.val is None and val_per_class:
             val += sorted(pool[taken:][-val_per_class:], key=_by_path)
         elif dataset.val is not None:
@@ -133,6 +138,27 @@ def draw_split(
         if dataset.test is not None:
             test += dataset.test.get(class_name, [])
     return train, val, test
+
+
+def shots_by_class(
+    available: Mapping[str, int], shots: int | str, imbalance: float, seed: int
+) -> dict[str, int]:
+    """How many photos of each class are for training, of those that are `available`.
+
+    With an `imbalance` of 1 it is `shots` of every class, or all it has. Above, it is the
+    exponential long tail of Cui et al. 2019 (arXiv 1901.05555): the class of rank i among C has
+    max(1, round(n_max * imbalance^(-i / (C - 1)))), where n_max is `shots`, or for `all` what the
+    smallest class has, so that any class can have any rank. Ranks follow a hash of seed and class
+    name: another data seed is another draw of which classes are rare.
+    """
+    if imbalance == 1:
+        return {name: have if shots == "all" else int(shots) for name, have in available.items()}
+    most = min(available.values()) if shots == "all" else int(shots)
+    ranked = sorted(available, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    return {
+        name: max(1, round(most * imbalance ** (-rank / (len(ranked) - 1))))
+        for rank, name in enumerate(ranked)
+    }
 
 
 def _check_enough(
