@@ -39,6 +39,8 @@ def run(params: Params) -> None:
         )
     predictions = classify_photos(trained, photos)
     metrics = accuracy_metrics(photos, predictions)
+    for variant, value in validation_top1(trained).items():
+        metrics[variant]["val_top1"] = value  # type: ignore[index]
     with replacing(layout.EVALUATE) as folder:
         _write_plots(folder, trained.classes, photos, predictions)
     write_json(layout.ACCURACY_METRICS, metrics)
@@ -87,6 +89,22 @@ def accuracy_metrics(
         },
         "lift": _mean(lifts),
         "lift_std": _std(lifts),
+    }
+
+
+def validation_top1(trained: Trained) -> dict[str, float]:
+    """Top-1 in percent on validation by variant, mean over the seeds, of the epochs kept.
+
+    What a choice between runs may go by. Empty where there is no validation photo.
+    """
+    by_seed = {
+        variant: [result["top1"] for result in results.values()]
+        for variant, results in trained.validation.items()
+    }
+    return {
+        variant: _mean([value for value in values if value is not None])
+        for variant, values in by_seed.items()
+        if None not in values
     }
 
 
