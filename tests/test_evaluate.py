@@ -83,6 +83,11 @@ def test_the_stage_writes_scalars_only_and_plots_data_that_agree_with_them(
     )
     assert "null" not in json.dumps(metrics)
 
+    validation = read_json(layout.CLASSIFY / "classifier.json")["validation"]
+    for variant, seeds in validation.items():
+        mean = sum(result["top1"] for result in seeds.values()) / 2
+        assert metrics[variant]["val_top1"] == pytest.approx(mean, abs=0.005)
+
     write_jsonl(layout.TEST, [])
     with pytest.raises(BobError, match=r"test\.jsonl lists no photo"):
         evaluate.run(NO_PARAMS)
@@ -90,3 +95,14 @@ def test_the_stage_writes_scalars_only_and_plots_data_that_agree_with_them(
     write_jsonl(layout.TEST, [{"path": "x.png", "class_name": "Red Square", "sha256": ""}])
     with pytest.raises(BobError, match=r"real_only/seed-1\.safetensors cannot be loaded"):
         evaluate.run(NO_PARAMS)
+
+
+def test_without_validation_photos_there_is_no_accuracy_on_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_project(tmp_path, val=0)
+    classify.run(classify_params(epochs=1, seeds=[0]))
+    evaluate.run(NO_PARAMS)
+    metrics = read_json(layout.ACCURACY_METRICS)
+    assert metrics["real_only"].keys() == {"top1", "top1_std"}
