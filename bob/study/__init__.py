@@ -63,8 +63,8 @@ def _run_missing(plan: Study, jobs: int, again: bool, only: Sequence[str]) -> li
     absent = sorted({path for run in missing for path in run.absent})
     if absent:
         raise BobError(
-            f"{', '.join(absent)}: not here; `bob fetch` brings models, `dvc pull` what is "
-            "tracked, and --only leaves out the settings that need them"
+            f"{', '.join(absent)}: not here; `bob fetch` brings models, `bob dataset` published "
+            "photos, `dvc pull` what is tracked, and --only leaves out the settings that need them"
         )
 
     def keep(measured: Iterable[tuple[Run, dict[str, float]]]) -> None:

@@ -87,7 +87,6 @@ class Table:
 
 def _values(arms: Sequence[Arm], results: Results) -> tuple[list[int], dict[str, list[float]]]:
     """The data seeds under which all arms are measured, and each arm's values under them."""
-
     seeds = [
         seed
         for seed in common_seeds(arms)
@@ -108,7 +107,25 @@ def _provenance(study: Study, results: Results) -> str:
         f"[{study.path}](../{study.path}) says what is run and what is "
         f"{'claimed' if study.claims else 'compared'}.",
     ]
-    lines += [text for text, shown in _READING.items() if shown(study)]
+    if study.claims:
+        lines.append(
+            "Tables give means over data seeds with their 95 % confidence intervals, and "
+            "differences paired by data seed with theirs (Student's t, no correction for the "
+            "number of claims). A claim holds where the interval of every difference that it names "
+            "lies above zero, on all data seeds planned."
+        )
+    if study.tables:
+        lines.append(
+            "Under each figure of ours stands the paper's, and the difference. "
+            f"{DASH} means that a run is missing, *{UNKNOWN}* that we know no figure of the "
+            "paper's. Where there are several data seeds, ours is the mean with half the width of "
+            "its 95 % confidence interval."
+        )
+    if any(setting.swept for setting in study.settings.values()):
+        lines.append(
+            "Of a sweep, each data seed's run best on validation is reported, on test; real only "
+            "and real plus synthetic are chosen apart."
+        )
     changed = [
         (what, sum(differs(run, results[run.key]) for run in measured))
         for what, differs in _CHANGES.items()
@@ -125,23 +142,6 @@ def _provenance(study: Study, results: Results) -> str:
 _CHANGES: Mapping[str, Callable[[Run, Row], bool]] = {
     "code": lambda run, row: run.code != row.code,
     "models or params": lambda run, row: run.inputs != row.inputs,
-}
-
-
-_READING: Mapping[str, Callable[[Study], object]] = {
-    "Tables give means over data seeds with their 95 % confidence intervals, and differences "
-    "paired by data seed with theirs (Student's t, no correction for the number of claims). A "
-    "claim holds where the interval of every difference that it names lies above zero, on all "
-    "data seeds planned.": lambda study: study.claims,
-    f"Under each figure of ours stands the paper's, and the difference. {DASH} means that a run is "
-    f"missing, *{UNKNOWN}* that we know no figure of the paper's. Where there are several data "
-    "seeds, ours is the mean with half the width of its 95 % confidence interval.": (
-        lambda study: study.tables
-    ),
-    "Of a sweep, each data seed's run best on validation is reported, on test; real only and real "
-    "plus synthetic are chosen apart.": (
-        lambda study: any(setting.swept for setting in study.settings.values())
-    ),
 }
 
 
@@ -188,7 +188,8 @@ def _ours(interval: Interval | None) -> str:
 def _gap(ours: Interval | None, paper: float | None) -> str:
     if ours is None or paper is None:
         return DASH
-    return f"{round(ours.mean, 2) - paper:+.2f}".replace("-", MINUS)
+    # Adding zero turns a negative zero into zero.
+    return f"{round(round(ours.mean, 2) - paper, 2) + 0.0:+.2f}".replace("-", MINUS)
 
 
 def _summary(tables: Sequence[Table]) -> str:
