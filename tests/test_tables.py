@@ -15,7 +15,7 @@ from bob.params import read_yaml
 from bob.study import page, plan, queue, settings
 from bob.study.results import Row, value
 from tests.conftest import ROOT
-from tests.dvc_project import dvc, make_project, run
+from tests.dvc_project import make_project, run
 
 TABLES = {"table-1": 704, "long-tail": 144, "ablation": 108, "context-sources": 54}
 """The files of the paper's tables, and how many runs fill each."""
@@ -388,7 +388,6 @@ def test_a_part_of_the_papers_main_table_is_filled_by_dvc(tmp_path):
     command = ["-m", "bob", "study", "experiments/table-1.yaml", "--only", "clip-aircraft-sd21-bob"]
     output = run(project, "python", *command)
     assert "study: 2 runs, 0 measured" in output
-    assert dvc(project, "queue", "status").count("study-clip-aircraft-sd21-bob") == 2
     with (project / "docs/table-1-study.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2
@@ -397,4 +396,3 @@ def test_a_part_of_the_papers_main_table_is_filled_by_dvc(tmp_path):
     top1 = f"{float(best['real_and_synthetic.top1']):.2f}"
     assert cells["CLIP, BOB", "ours"] == [top1] * 5, "all datasets are the miniature"
     assert cells["CLIP, DataDream", "ours"] == [page.DASH] * 5
-    assert "study: 2 runs, 2 measured" in run(project, "python", *command)
