@@ -128,8 +128,11 @@ def verify(stages: tuple[str, ...]) -> None:
     "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at the same time."
 )
 @click.option("--again", is_flag=True, help="Repeat runs of other code, models or params.")
+@click.option(
+    "--only", multiple=True, metavar="NAMES", help="Run these settings ('clip-*'); repeatable."
+)
 @click.option("--page", "page_only", is_flag=True, help="Run nothing; write the page.")
-def study(file: Path, jobs: int, again: bool, page_only: bool) -> None:
+def study(file: Path, jobs: int, again: bool, only: tuple[str, ...], page_only: bool) -> None:
     """Run what is missing of the study in FILE and write its page.
 
     FILE says what is run and claimed. The runs go through DVC's queue; the results are kept in
@@ -137,7 +140,7 @@ def study(file: Path, jobs: int, again: bool, page_only: bool) -> None:
     """
     from bob.study import study as run_study
 
-    run_study(file, jobs=jobs, again=again, page_only=page_only)
+    run_study(file, jobs=jobs, again=again, only=only, page_only=page_only)
 
 
 @cli.command()

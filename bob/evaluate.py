@@ -40,7 +40,7 @@ def run(params: Params) -> None:
         )
     predictions = classify_photos(trained, photos)
     groups = shot_groups(read_photos(layout.TRAIN), {photo.class_name for photo in photos})
-    metrics = accuracy_metrics(photos, predictions, groups)
+    metrics = accuracy_metrics(photos, predictions, groups, validation_top1(trained))
     with replacing(layout.EVALUATE) as folder:
         _write_plots(folder, trained.classes, photos, predictions)
     write_json(layout.ACCURACY_METRICS, metrics)
@@ -85,7 +85,10 @@ def shot_groups(train: Sequence[Photo], classes: Iterable[str]) -> dict[str, lis
 
 
 def accuracy_metrics(
-    photos: Sequence[Photo], predictions: Predictions, groups: Mapping[str, Sequence[str]]
+    photos: Sequence[Photo],
+    predictions: Predictions,
+    groups: Mapping[str, Sequence[str]],
+    validation: Mapping[str, float],
 ) -> dict[str, float | dict[str, float]]:
     """Top-1 accuracy in percent of each variant, mean and standard deviation over the seeds.
 
@@ -93,6 +96,7 @@ def accuracy_metrics(
     seeds' own differences, since both variants of a seed are trained on the same real batches.
     The deviations are those of a sample (n - 1), and zero for a single seed. For each of `groups`,
     `top1_<group>` is the mean of its classes' own top-1, and `lift_<group>` the difference in it.
+    `val_top1` is the variant's entry in `validation`, if there is one.
     """
     by_seed = {
         variant: [_scores(photos, named, groups) for named in seeds.values()]
@@ -101,7 +105,11 @@ def accuracy_metrics(
     pairs = zip(by_seed[REAL_AND_SYNTHETIC], by_seed[REAL_ONLY], strict=True)
     lifts = [{of: both[of] - real[of] for of in both} for both, real in pairs]
     return {
-        **{variant: _over_seeds("top1", scores) for variant, scores in by_seed.items()},
+        **{
+            variant: _over_seeds("top1", scores)
+            | ({"val_top1": validation[variant]} if variant in validation else {})
+            for variant, scores in by_seed.items()
+        },
         **_over_seeds("lift", lifts),
     }
 
@@ -119,6 +127,22 @@ def _scores(
 def _over_seeds(metric: str, scores: Sequence[dict[str, float]]) -> dict[str, float]:
     means = {f"{metric}{of}": _mean([score[of] for score in scores]) for of in scores[0]}
     return means | {f"{metric}_std": _std([score[""] for score in scores])}
+
+
+def validation_top1(trained: Trained) -> dict[str, float]:
+    """Top-1 in percent on validation by variant, mean over the seeds, of the epochs kept.
+
+    What a choice between runs may go by. Empty where there is no validation photo.
+    """
+    by_seed = {
+        variant: [result["top1"] for result in results.values()]
+        for variant, results in trained.validation.items()
+    }
+    return {
+        variant: _mean([value for value in values if value is not None])
+        for variant, values in by_seed.items()
+        if None not in values
+    }
 
 
 def top1(photos: Sequence[Photo], named: Sequence[str]) -> float:

@@ -36,9 +36,10 @@ def test_the_metrics_are_means_and_sample_deviations_over_seeds_and_the_lift_is_
             "real_and_synthetic": {0: named(7), 1: named(9)},
         },
         groups={},
+        validation={"real_only": 52.5},
     )
     assert metrics == {
-        "real_only": {"top1": 50.0, "top1_std": 14.14},
+        "real_only": {"top1": 50.0, "top1_std": 14.14, "val_top1": 52.5},
         "real_and_synthetic": {"top1": 80.0, "top1_std": 14.14},
         "lift": 30.0,
         "lift_std": 0.0,
@@ -51,6 +52,7 @@ def test_one_seed_has_a_deviation_of_zero() -> None:
         photos,
         {"real_only": {7: ["a", "a", "a"]}, "real_and_synthetic": {7: ["a", "b", "b"]}},
         groups={},
+        validation={},
     )
     assert metrics["real_only"] == {"top1": 33.33, "top1_std": 0.0}
     assert (metrics["lift"], metrics["lift_std"]) == (66.67, 0.0)
@@ -92,6 +94,7 @@ def test_a_group_is_measured_by_the_mean_of_its_classes_and_of_the_seeds() -> No
             "real_and_synthetic": {0: list("aaacbbc"), 1: list("aaaabbc")},
         },
         groups={"many": ["a", "b"], "few": ["c"]},
+        validation={},
     )
     assert metrics["real_only"] == {
         "top1": round((100 * 4 / 7 + 100 * 6 / 7) / 2, 2),
@@ -133,6 +136,11 @@ def test_the_stage_writes_scalars_only_and_plots_data_that_agree_with_them(
     )
     assert "null" not in json.dumps(metrics)
 
+    validation = read_json(layout.CLASSIFY / "classifier.json")["validation"]
+    for variant, seeds in validation.items():
+        mean = sum(result["top1"] for result in seeds.values()) / 2
+        assert metrics[variant]["val_top1"] == pytest.approx(mean, abs=0.005)
+
     write_photos(layout.TRAIN, read_photos(layout.TRAIN)[:-1])  # one less of the last class
     evaluate.run(NO_PARAMS)
     grouped = read_json(layout.ACCURACY_METRICS)
@@ -150,3 +158,14 @@ def test_the_stage_writes_scalars_only_and_plots_data_that_agree_with_them(
     write_jsonl(layout.TEST, [{"path": "x.png", "class_name": "Red Square", "sha256": ""}])
     with pytest.raises(BobError, match=r"real_only/seed-1\.safetensors cannot be loaded"):
         evaluate.run(NO_PARAMS)
+
+
+def test_without_validation_photos_there_is_no_accuracy_on_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_project(tmp_path, val=0)
+    classify.run(classify_params(epochs=1, seeds=[0]))
+    evaluate.run(NO_PARAMS)
+    metrics = read_json(layout.ACCURACY_METRICS)
+    assert metrics["real_only"].keys() == {"top1", "top1_std"}

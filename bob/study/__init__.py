@@ -1,6 +1,6 @@
 """A study: the same measurements under several settings and data seeds, and a page about them.
 
-What is measured and what it is to show stands in a file that a person edits
+What is measured, and what it is to show or is compared with, stands in a file that a person edits
 (`experiments/<name>.yaml`). The measurements are experiments of DVC, run from its queue; what they
 measured is kept in `docs/<name>-study.csv`, and the page is written from that file alone.
 """
@@ -16,18 +16,27 @@ from bob.study.plan import Run, Study, read_study
 from bob.study.results import Row, read_results, write_results
 
 
-def study(path: Path, *, jobs: int = 1, again: bool = False, page_only: bool = False) -> None:
+def study(
+    path: Path,
+    *,
+    jobs: int = 1,
+    again: bool = False,
+    only: Sequence[str] = (),
+    page_only: bool = False,
+) -> None:
     """Run what is missing of the study at `path`, `jobs` runs at once, and write its page.
 
     A run that stands in the study's CSV is not repeated, unless `again` is set and its code, models
-    or params have changed since. With `page_only` nothing is run.
+    or params have changed since. With `only`, patterns of names, no other settings are run; with
+    `page_only` nothing is.
 
-    Raises BobError, after the page is written, naming the runs that failed.
+    Raises BobError naming models or photos that runs wait for, before any is run; and, after the
+    page is written, naming the runs that failed.
     """
     plan = read_study(path)
     failed: list[str] = []
     if not page_only:
-        failed = _run_missing(plan, jobs, again)
+        failed = _run_missing(plan, jobs, again, only)
     page.write(plan, read_results(plan.results))
     click.echo(f"study: {plan.page} is written")
     if failed:
@@ -37,10 +46,11 @@ def study(path: Path, *, jobs: int = 1, again: bool = False, page_only: bool = F
         )
 
 
-def _run_missing(plan: Study, jobs: int, again: bool) -> list[str]:
+def _run_missing(plan: Study, jobs: int, again: bool, only: Sequence[str]) -> list[str]:
     """Run, measure and write down what is missing; the names of the runs that failed."""
     rows = {row.run: row for row in read_results(plan.results)}
-    runs = plan.runs()
+    everything = plan.runs()
+    runs = plan.part(only).runs() if only else everything
     missing = [run for run in runs if _is_missing(run, rows, again)]
     stale = sum(run.key in rows and not rows[run.key].is_of(run) for run in runs)
     click.echo(f"study: {len(runs)} runs, {len(runs) - len(missing)} measured")
@@ -50,10 +60,17 @@ def _run_missing(plan: Study, jobs: int, again: bool) -> list[str]:
             "--again repeats them"
         )
 
+    absent = sorted({path for run in missing for path in run.absent})
+    if absent:
+        raise BobError(
+            f"{', '.join(absent)}: not here; `bob fetch` brings models, `bob dataset` published "
+            "photos, `dvc pull` what is tracked, and --only leaves out the settings that need them"
+        )
+
     def keep(measured: Iterable[tuple[Run, dict[str, float]]]) -> None:
         for run, metrics in measured:
             rows[run.key] = Row.of(run, metrics)
-            write_results(plan.results, _ordered(rows.values(), runs))
+            write_results(plan.results, _ordered(rows.values(), everything))
             left = sum(_is_missing(run, rows, again) for run in missing)
             name = run.setting.name
             click.echo(f"study: {name}, data seed {run.data_seed} measured; {left} to go")

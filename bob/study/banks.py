@@ -18,7 +18,7 @@ from bob.files import replacing_file
 from bob.layout import CONTEXTS, MINIATURE, TRAIN
 from bob.prompts import Context, Entry, write_bank
 from bob.study.drawn import run_module, sandbox
-from bob.study.plan import overridden
+from bob.study.settings import overridden
 
 TRUE = CONTEXTS / "miniature-true.jsonl"
 WRONG = CONTEXTS / "miniature-wrong.jsonl"

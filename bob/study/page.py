@@ -4,19 +4,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from bob.files import replacing, replacing_file
-from bob.study.plan import Arm, Claim, Figure, Run, Study, common_seeds
-from bob.study.results import Row
+from bob.study.plan import MEAN, Arm, Claim, Figure, Line, Published, Run, Study, common_seeds
+from bob.study.results import Row, value
 from bob.study.statistics import Interval, mean_interval, paired_interval, ratio_interval
 
 HOLDS, FAILS, OPEN, SHOWN = "holds", "does not hold", "not measured yet", "shown, not judged"
 COLOURS = ("#8c8c8c", "#d9822b", "#1f6fb4", "#3a8f5c", "#9b59b6")
 MINUS = "\N{MINUS SIGN}"
+DASH, UNKNOWN = "\N{EN DASH}", "not known"
 
 Results = Mapping[tuple[str, int], Row]
 
@@ -35,6 +37,7 @@ def write(study: Study, rows: Sequence[Row]) -> None:
     parts = [f"# {study.title}", study.about.strip(), _provenance(study, results)]
     if pictured:
         parts.append(f"![{study.figure.title}]({study.plots.name}/figure.png)")  # type: ignore[union-attr]
+    parts += [_published(table, results) for table in study.tables]
     parts.append(_summary(tables))
     parts += [_section(table, study.plots.name) for table in tables]
     with replacing_file(study.page) as draft:
@@ -84,15 +87,12 @@ class Table:
 
 def _values(arms: Sequence[Arm], results: Results) -> tuple[list[int], dict[str, list[float]]]:
     """The data seeds under which all arms are measured, and each arm's values under them."""
-
-    def value(arm: Arm, seed: int) -> float | None:
-        row = results.get(arm.setting.key(seed))
-        return None if row is None else row.metrics.get(arm.metric)
-
     seeds = [
-        seed for seed in common_seeds(arms) if all(value(arm, seed) is not None for arm in arms)
+        seed
+        for seed in common_seeds(arms)
+        if all(value(arm, seed, results) is not None for arm in arms)
     ]
-    return seeds, {arm.label: [value(arm, seed) or 0.0 for seed in seeds] for arm in arms}
+    return seeds, {arm.label: [value(arm, seed, results) or 0.0 for seed in seeds] for arm in arms}
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -104,12 +104,28 @@ def _provenance(study: Study, results: Results) -> str:
     lines = [
         f"{len(measured)} of {len(runs)} runs are measured. Written by `bob study {study.path}` "
         f"from [{study.results.name}]({study.results.name}), which has every run; "
-        f"[{study.path}](../{study.path}) says what is run and what is claimed.",
-        "Tables give means over data seeds with their 95 % confidence intervals, and differences "
-        "paired by data seed with theirs (Student's t, no correction for the number of claims). A "
-        "claim holds where the interval of every difference that it names lies above zero, on all "
-        "data seeds planned.",
+        f"[{study.path}](../{study.path}) says what is run and what is "
+        f"{'claimed' if study.claims else 'compared'}.",
     ]
+    if study.claims:
+        lines.append(
+            "Tables give means over data seeds with their 95 % confidence intervals, and "
+            "differences paired by data seed with theirs (Student's t, no correction for the "
+            "number of claims). A claim holds where the interval of every difference that it names "
+            "lies above zero, on all data seeds planned."
+        )
+    if study.tables:
+        lines.append(
+            "Under each figure of ours stands the paper's, and the difference. "
+            f"{DASH} means that a run is missing, *{UNKNOWN}* that we know no figure of the "
+            "paper's. Where there are several data seeds, ours is the mean with half the width of "
+            "its 95 % confidence interval."
+        )
+    if any(setting.swept for setting in study.settings.values()):
+        lines.append(
+            "Of a sweep, each data seed's run best on validation is reported, on test; real only "
+            "and real plus synthetic are chosen apart."
+        )
     changed = [
         (what, sum(differs(run, results[run.key]) for run in measured))
         for what, differs in _CHANGES.items()
@@ -129,7 +145,56 @@ _CHANGES: Mapping[str, Callable[[Run, Row], bool]] = {
 }
 
 
+def _published(table: Published, results: Results) -> str:
+    """A table of the paper: for each of its lines ours, the paper's and the difference."""
+    columns = [*table.columns, *([MEAN] if table.mean else [])]
+    rows = []
+    for line in table.lines:
+        ours = _measured(line, table.mean, results)
+        paper = [line.published.get(column) for column in columns]
+        rows += [
+            [line.label, "ours", *map(_ours, ours)],
+            ["", "paper", *(UNKNOWN if p is None else f"{p:.2f}" for p in paper)],
+            ["", "difference", *(_gap(own, p) for own, p in zip(ours, paper, strict=True))],
+        ]
+    grid = _markdown([table.unit, "", *columns], rows)
+    return "\n\n".join(filter(None, [f"## {table.title}", table.about.strip(), grid]))
+
+
+def _measured(line: Line, mean: bool, results: Results) -> list[Interval | None]:
+    """Ours in every column, the mean over complete lines last; None where a run is missing."""
+    cells = [_cell(arm, results) for arm in line.arms]
+    if mean:
+        measured = [cell for cell in cells if cell is not None]
+        complete = len(measured) == len(cells)
+        cells.append([fmean(one) for one in zip(*measured, strict=True)] if complete else None)
+    return [None if cell is None else mean_interval(cell) for cell in cells]
+
+
+def _cell(arm: Arm, results: Results) -> list[float] | None:
+    """By data seed; None where one is missing."""
+    values = [value(arm, seed, results) for seed in arm.setting.seeds]
+    known = [one for one in values if one is not None]
+    return known if len(known) == len(values) else None
+
+
+def _ours(interval: Interval | None) -> str:
+    if interval is None:
+        return DASH
+    half = (interval.high - interval.low) / 2
+    return f"{interval.mean:.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+
+
+def _gap(ours: Interval | None, paper: float | None) -> str:
+    if ours is None or paper is None:
+        return DASH
+    # Adding zero turns a negative zero into zero.
+    return f"{round(round(ours.mean, 2) - paper, 2) + 0.0:+.2f}".replace("-", MINUS)
+
+
 def _summary(tables: Sequence[Table]) -> str:
+    if not tables:
+        return ""
     rows = [
         [f"[{table.claim.id}](#{_anchor(table.claim)})", table.claim.title, f"**{table.verdict}**"]
         for table in tables

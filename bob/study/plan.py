@@ -1,19 +1,21 @@
-"""A study's file: settings, data seeds and claims; and the runs that they ask for."""
+"""A study's file: settings, data seeds, claims and tables; and the runs that they ask for."""
 
+import fnmatch
 import functools
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from bob.errors import BobError
 from bob.files import sha256
-from bob.params import PARAMS, PIPELINE, check, read_yaml, schema
+from bob.layout import CONTEXTS
+from bob.params import PARAMS, PIPELINE, check, read_yaml
+from bob.study.settings import Setting, nearest, overridden, read_settings
 
 TARGETS = ("evaluate", "audit")  # the stages whose metrics a study reads
 # What takes the place of generate where the synthetic set is drawn by the true renderer.
@@ -23,26 +25,7 @@ DRAWN_STAGE = {
     "params": ["data.seed", "generate.images_per_class"],
 }
 DOCS = Path("docs")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Params under a name, measured under several data seeds."""
-
-    name: str
-    seeds: tuple[int, ...]
-    overrides: Mapping[str, Any]
-    drawn: bool
-    """Whether the synthetic set is drawn by `bob.draw` instead of generated (the ceiling)."""
-
-    def key(self, seed: int) -> tuple[str, int]:
-        """What makes two runs the same measurement, whatever their settings are called."""
-        return " ".join((*(["drawn"] if self.drawn else []), *self.written)), seed
-
-    @property
-    def written(self) -> tuple[str, ...]:
-        """The overrides as `dvc exp run -S` takes them."""
-        return tuple(sorted(f"{key}={_written(value)}" for key, value in self.overrides.items()))
+MEAN = "mean"  # the label of a table's last column
 
 
 @dataclass(frozen=True)
@@ -57,6 +40,8 @@ class Run:
     """Hash of the code of the stages that are run."""
     inputs: str
     """Hash of their params, the models and all other files that they read."""
+    absent: tuple[str, ...]
+    """Those of the files and folders that are not here."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -77,6 +62,12 @@ class Arm:
     label: str
     setting: Setting
     metric: str
+
+    @property
+    def chosen_by(self) -> str | None:
+        """The metric on validation that chooses among the runs of a sweep; None where none can."""
+        variant, _, name = self.metric.partition(".")
+        return f"{variant}.val_top1" if name.startswith("top1") else None
 
 
 @dataclass(frozen=True)
@@ -114,6 +105,29 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Line:
+    """One line of a published table: what is measured in each column, and what was published."""
+
+    label: str
+    arms: tuple[Arm, ...]
+    published: Mapping[str, float]
+    """By column, where it is known."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A table of the paper, to be filled."""
+
+    title: str
+    about: str
+    unit: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    mean: bool
+    """Whether it ends with a column of means over the others."""
+
+
+@dataclass(frozen=True)
 class Study:
     """The content of a study's file."""
 
@@ -122,6 +136,7 @@ class Study:
     about: str
     settings: Mapping[str, Setting]
     claims: tuple[Claim, ...]
+    tables: tuple[Published, ...]
     figure: Figure | None
 
     @property
@@ -139,19 +154,42 @@ class Study:
         """The folder of the page's plots."""
         return DOCS / f"{self.path.stem}-study"
 
+    def part(self, patterns: Sequence[str]) -> "Study":
+        """The study of those settings alone whose name fits one of `patterns` (`clip-*`).
+
+        Raises BobError naming a pattern that fits none.
+        """
+        for pattern in patterns:
+            if not fnmatch.filter(self.settings, pattern):
+                raise BobError(
+                    f"{self.path} has no setting {pattern!r}; there are {', '.join(self.settings)}"
+                )
+        fitting = {
+            name: setting
+            for name, setting in self.settings.items()
+            if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        }
+        return replace(self, settings=fitting)
+
     def runs(self) -> list[Run]:
         """The runs, in the file's order, each once, however many settings and claims share it.
 
-        All data seeds of a setting stand together: neighbours in the queue, which may run at the
-        same time, then share nothing that one of them could take from the other.
+        All data seeds of a setting stand together, and the other points of a sweep come after the
+        first points of all settings: neighbours in the queue, which may run at the same time, then
+        share nothing that one of them could take from the other.
         """
+        params, stages = read_yaml(PARAMS), read_yaml(PIPELINE)["stages"]
+        first = [setting.points[0] for setting in self.settings.values()]
+        other = [point for setting in self.settings.values() for point in setting.points[1:]]
         runs: dict[tuple[str, int], Run] = {}
-        for setting in self.settings.values():
+        for setting in first + other:
             for seed in setting.seeds:
                 values = overridden(
-                    {**setting.overrides, "data.seed": seed}, f"{self.path}, setting {setting.name}"
+                    {**setting.overrides, "data.seed": seed},
+                    f"{self.path}, setting {setting.name}",
+                    params,
                 )
-                run = Run(setting, seed, values, *fingerprints(values, setting.drawn))
+                run = Run(setting, seed, values, *fingerprints(values, stages, setting.drawn))
                 runs.setdefault(run.key, run)
         return list(runs.values())
 
@@ -164,26 +202,17 @@ def read_study(path: Path) -> Study:
     """
     content = read_yaml(path)
     text = resources.files("bob").joinpath("study.schema.json").read_text("utf-8")
-    check(path, content, json.loads(text))
-    common = content.get("params", {})
-    settings = {
-        name: Setting(
-            name,
-            tuple(entry["seeds"]),
-            common | entry.get("params", {}),
-            entry.get("drawn", False),
-        )
-        for name, entry in content["settings"].items()
-    }
-    for setting in settings.values():
-        overridden(setting.overrides, f"{path}, setting {setting.name}")
+    rules = json.loads(text)
+    check(path, content, rules)
+    settings = read_settings(path, content, rules)
     figure = content.get("figure")
     return Study(
         path,
         content["title"],
         content.get("about", ""),
         settings,
-        tuple(_claim(path, entry, settings) for entry in content["claims"]),
+        tuple(_claim(path, entry, settings) for entry in content.get("claims", [])),
+        tuple(_published(path, entry, settings) for entry in content.get("tables", [])),
         figure
         and Figure(
             figure["title"],
@@ -225,20 +254,61 @@ def _claim(path: Path, entry: Mapping[str, Any], settings: Mapping[str, Setting]
     return claim
 
 
+def _published(path: Path, entry: Mapping[str, Any], settings: Mapping[str, Setting]) -> Published:
+    where = f"{path}: table {entry['title']!r}"
+    columns, mean = entry["columns"], entry.get("mean", False)
+    lines = []
+    for row in entry["rows"]:
+        arms = tuple(
+            _arm(
+                where,
+                label,
+                row["setting"].replace("{column}", column),
+                row.get("metric", entry["metric"]).replace("{column}", column),
+                settings,
+            )
+            for label, column in columns.items()
+        )
+        paper = row.get("paper", {})
+        known = [*columns, *([MEAN] if mean else [])]
+        for label in paper:
+            if label not in known:
+                raise BobError(f"{where} has no column {label!r}; there are {', '.join(known)}")
+        if mean and len({arm.setting.seeds for arm in arms}) > 1:
+            raise BobError(f"{where} has a mean over settings of different data seeds")
+        lines.append(Line(row["label"], arms, paper))
+    return Published(
+        entry["title"],
+        entry.get("about", ""),
+        entry.get("unit", ""),
+        tuple(columns),
+        tuple(lines),
+        mean,
+    )
+
+
 def _arms(
     where: str,
     rows: Iterable[Mapping[str, Any]],
     metric: str,
     settings: Mapping[str, Setting],
 ) -> tuple[Arm, ...]:
-    arms = []
-    for row in rows:
-        if row["setting"] not in settings:
-            raise BobError(
-                f"{where} names the setting {row['setting']!r}; there are {', '.join(settings)}"
-            )
-        arms.append(Arm(str(row["label"]), settings[row["setting"]], row.get("metric", metric)))
-    return tuple(arms)
+    return tuple(
+        _arm(where, str(row["label"]), row["setting"], row.get("metric", metric), settings)
+        for row in rows
+    )
+
+
+def _arm(where: str, label: str, name: str, metric: str, settings: Mapping[str, Setting]) -> Arm:
+    if name not in settings:
+        raise BobError(f"{where} names the setting {name!r}; {nearest(name, settings)}")
+    arm = Arm(label, settings[name], metric)
+    if arm.setting.swept and not arm.chosen_by:
+        raise BobError(
+            f"{where}: {metric} of {name}, a sweep, has no counterpart on validation to choose by; "
+            "real_only.top1 and real_and_synthetic.top1 have one"
+        )
+    return arm
 
 
 def common_seeds(arms: Iterable[Arm]) -> list[int]:
@@ -246,29 +316,26 @@ def common_seeds(arms: Iterable[Arm]) -> list[int]:
     return sorted(set.intersection(*(set(arm.setting.seeds) for arm in arms)))
 
 
-def overridden(overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`params.yaml` with `overrides` (section.key -> value); raises BobError naming `where`."""
-    values = deepcopy(read_yaml(PARAMS))
-    for key, value in overrides.items():
-        section, _, name = key.partition(".")
-        values.setdefault(section, {})[name] = value
-    check(Path(where), values, schema())
-    return values
+def fingerprints(
+    values: Mapping[str, Any], stages: Mapping[str, Any], drawn: bool = False
+) -> tuple[str, str, tuple[str, ...]]:
+    """Short hashes of the code, and of the params and other files, that decide a run's metrics.
 
-
-def fingerprints(values: Mapping[str, Any], drawn: bool = False) -> tuple[str, str]:
-    """Short hashes of the code, and of the params and other files, that decide a run's metrics."""
-    stages = read_yaml(PIPELINE)["stages"]
+    `stages` are those of `dvc.yaml`. Third come the files and folders that are not here.
+    """
     if drawn:
-        stages["generate"] = DRAWN_STAGE
+        stages = {**stages, "generate": DRAWN_STAGE}
     needed = _needed(stages, TARGETS[:1] if drawn else TARGETS, values)
     deps = {dep for stage in needed.values() for dep in stage["deps"]}
     made = {out for stage in needed.values() for out in stage["outs"]}
-    brought = sorted(dep for dep in deps if not any(Path(dep).is_relative_to(out) for out in made))
+    brought = sorted(dep for dep in deps if not any(_lies_in(dep, out) for out in made))
     code = {dep: _content(dep) for dep in brought if dep.startswith("bob/")}
     files = {dep: _content(dep) for dep in brought if not dep.startswith("bob/")}
     read = {key: _value(values, key) for stage in needed.values() for key in stage["params"]}
-    return _short(code), _short([read, files])
+    contexts = (values["caption"]["bank"], values["generate"]["context"])
+    files_of_contexts = (name for name in contexts if name.startswith(f"{CONTEXTS}/"))
+    absent = (name for name in (*brought, *files_of_contexts) if not Path(name).exists())
+    return _short(code), _short([read, files]), tuple(absent)
 
 
 def _needed(
@@ -296,9 +363,14 @@ def _needed(
                 other
                 for other, stage in filled.items()
                 for out in stage["outs"]
-                if any(Path(dep).is_relative_to(out) for dep in filled[name]["deps"])
+                if any(_lies_in(dep, out) for dep in filled[name]["deps"])
             ]
     return needed
+
+
+def _lies_in(path: str, out: str) -> bool:
+    # On text: with some hundred runs, Path.is_relative_to would take a minute here.
+    return f"{path}/".startswith(f"{out}/")
 
 
 def _value(values: Mapping[str, Any], key: str) -> Any:
@@ -312,14 +384,8 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
 def _content(dep: str) -> str:
     path = Path(dep)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    if not path.exists():
-        raise BobError(f"{path} is missing; `dvc pull` fetches tracked files")
-    return _short({file.as_posix(): sha256(file) for file in files})
+    return _short({file.as_posix(): sha256(file) for file in files if file.exists()})
 
 
 def _short(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

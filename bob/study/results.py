@@ -1,13 +1,13 @@
 """What was measured: one row a run, in a CSV that git tracks."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bob.errors import BobError
 from bob.files import write_csv
-from bob.study.plan import Run
+from bob.study.plan import Arm, Run
 
 COLUMNS = ("setting", "data_seed", "overrides", "code", "inputs")
 
@@ -31,6 +31,27 @@ class Row:
     def is_of(self, run: Run) -> bool:
         """Whether it was measured with the code, models and params that `run` would have now."""
         return (self.code, self.inputs) == (run.code, run.inputs)
+
+
+def value(arm: Arm, seed: int, rows: Mapping[tuple[str, int], Row]) -> float | None:
+    """What `arm` measured under a data seed; None where a run is missing.
+
+    Of a sweep, that of the run best on validation, of several the first; test has no say. Raises
+    BobError where its runs had no validation photo.
+    """
+    points = [rows.get(point.key(seed)) for point in arm.setting.points]
+    found = [row for row in points if row is not None and arm.metric in row.metrics]
+    if len(found) < len(points):
+        return None
+    if not arm.setting.swept or arm.chosen_by is None:
+        return found[0].metrics[arm.metric]
+    if any(arm.chosen_by not in row.metrics for row in found):
+        raise BobError(
+            f"setting {arm.setting.name} has runs without {arm.chosen_by}, so that none of its "
+            "sweep can be chosen; raise data.val_per_class"
+        )
+    by = arm.chosen_by
+    return max(found, key=lambda row: row.metrics[by]).metrics[arm.metric]
 
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:

@@ -1,0 +1,398 @@
+"""The paper's tables: presets, grids, sweeps chosen on validation, the page, and one run by DVC."""
+
+import csv
+import json
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from ruamel.yaml import YAML
+
+from bob import params
+from bob import study as studies
+from bob.errors import BobError
+from bob.params import read_yaml
+from bob.study import page, plan, queue, settings
+from bob.study.results import Row, value
+from tests.conftest import ROOT
+from tests.dvc_project import make_project, run
+
+TABLES = {"table-1": 704, "long-tail": 144, "ablation": 108, "context-sources": 54}
+"""The files of the paper's tables, and how many runs fill each."""
+
+PRESETS = """
+common: {classify.epochs: 7, classify.seeds: [0]}
+ten: {data.shots: 10}
+bob: {finetune.context: caption, generate.context: bank}
+none: {finetune.context: none, generate.context: none}
+"""
+GRID = """
+title: A table
+seeds: [1, 2]
+use: [common]
+params: {classify.epochs: 9, classify.weight_decay: 1e-3}
+settings:
+  plain: {seeds: [1], use: [none], params: {classify.weight_decay: 1e-4}, sweep: {}}
+grids:
+  - use: [[ten], [bob, none]]
+sweep: {classify.learning_rate: [1e-4, 1e-3], classify.real_weight: [0.3, 0.7]}
+tables:
+  - title: Shots
+    metric: real_and_synthetic.top1
+    unit: "%"
+    columns: {BOB: bob, DataDream: none}
+    mean: true
+    rows:
+      - {label: both, setting: "ten-{column}", paper: {BOB: 80.25, mean: 75.5}}
+      - {label: real, setting: "ten-{column}", metric: real_only.top1}
+  - title: Few
+    metric: "real_and_synthetic.{column}"
+    columns: {all: top1, few: top1_few}
+    rows: [{label: plain, setting: plain, paper: {few: 39.72}}]
+"""
+
+
+@pytest.fixture
+def project(workspace):
+    """The real params and pipeline with models of no size, and a small study of a grid."""
+    for name in ("params.yaml", "dvc.yaml"):
+        (workspace / name).write_text((ROOT / name).read_text())
+    for name in ("backbone", "base", "captioner"):
+        (workspace / f"models/miniature-{name}").mkdir(parents=True)
+    (workspace / "data/contexts").mkdir(parents=True)
+    (workspace / "bob").symlink_to(ROOT / "bob")
+    (workspace / "grid.yaml").write_text(GRID)
+    (workspace / "presets.yaml").write_text(PRESETS)
+    plan._content.cache_clear()
+    return workspace
+
+
+def grid():
+    return plan.read_study(Path("grid.yaml"))
+
+
+# --- settings --------------------------------------------------------------------------------
+
+
+def test_a_grid_is_a_setting_for_each_combination_of_its_presets(project):
+    study = grid()
+    assert list(study.settings) == ["plain", "ten-bob", "ten-none"]
+    assert study.settings["ten-none"].overrides == {
+        "classify.epochs": 9,
+        "classify.seeds": [0],
+        "classify.weight_decay": 1e-3,
+        "data.shots": 10,
+        "finetune.context": "none",
+        "generate.context": "none",
+    }
+    assert study.settings["ten-none"].seeds == (1, 2)
+
+
+def test_what_is_the_settings_own_wins_over_what_is_common_and_params_over_presets(project):
+    plain = grid().settings["plain"]
+    assert plain.overrides["classify.weight_decay"] == 1e-4
+    assert plain.overrides["classify.epochs"] == 9
+    assert plain.seeds == (1,)
+    assert not plain.swept
+
+
+def test_a_sweep_runs_all_combinations_and_the_first_of_every_setting_before_the_others(project):
+    runs = grid().runs()
+    assert [run.setting.name for run in runs] == (
+        ["plain"] + ["ten-bob"] * 2 + ["ten-none"] * 2 + ["ten-bob"] * 6 + ["ten-none"] * 6
+    )
+    swept = {
+        (classify["learning_rate"], classify["real_weight"])
+        for run in runs
+        if run.setting.name == "ten-bob"
+        for classify in [run.values["classify"]]
+    }
+    assert swept == {(1e-4, 0.3), (1e-4, 0.7), (1e-3, 0.3), (1e-3, 0.7)}
+    assert len({run.name for run in runs}) == len(runs) == 17
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[bob, none]]", "[bop, none]]", "ten-bop: presets.yaml has no 'bop'; did you mean bob?"),
+        ("use: [common]", "use: [comon]", "has no 'comon'; did you mean common?"),
+        ("  plain: {", "  ten-bob: {", "grid.yaml: two settings are called ten-bob"),
+        ("seeds: [1, 2]\n", "", "setting ten-bob has no seeds"),
+        ("[1e-4, 1e-3]", "[1e-4, -1]", "ten-bob: classify.learning_rate is -1; allowed: a number"),
+        ("[1e-4, 1e-3]", "1e-4", "sweep.classify.learning_rate is 0.0001; allowed: a list"),
+        ("[ten], [bob", "ten, [bob", 'grids.0.use.0 is "ten"; allowed: a list'),
+        ("ten-{column}", "tin-{column}", "table 'Shots' names the setting 'tin-bob'; did you mean"),
+        ("metric: real_only.top1", "metric: lift", "'Shots': lift of ten-bob, a sweep, has no"),
+        ("paper: {BOB", "paper: {Bob", "has no column 'Bob'; there are BOB, DataDream, mean"),
+        ("paper: {few", "paper: {mean", "'Few' has no column 'mean'; there are all, few"),
+        ("BOB: 80.25", "BOB: eighty", 'rows.0.paper.BOB is "eighty"; allowed: a number'),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(project, old, new, message):
+    assert old in GRID
+    (project / "grid.yaml").write_text(GRID.replace(old, new))
+    with pytest.raises(BobError) as caught:
+        grid()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_the_presets_is_told_with_their_file(project):
+    (project / "presets.yaml").write_text("bob: [finetune.context]")
+    with pytest.raises(BobError, match=r"^presets\.yaml: bob is .*allowed: a section of param"):
+        grid()
+
+
+def test_a_study_of_nothing_is_an_error(project):
+    (project / "grid.yaml").write_text("title: Nothing")
+    with pytest.raises(BobError, match=r"grid\.yaml measures nothing; give it settings or grids"):
+        grid()
+
+
+# --- what is run -----------------------------------------------------------------------------
+
+
+def measured(runs):
+    """Rows of `runs` in which the run that is best on test is never the one best on validation.
+
+    Of each sweep, real only is best on validation with the learning rate 1e-4 and real plus
+    synthetic with 1e-3, both with the weight 0.7.
+    """
+    rows = []
+    for one in runs:
+        classify = one.values["classify"]
+        slow, heavy = classify["learning_rate"] < 5e-4, classify["real_weight"] > 0.5
+        none = one.values["generate"]["context"] == "none"
+        rows.append(
+            Row.of(
+                one,
+                {
+                    "real_only.top1": 60.0 + 5 * (not slow) + 2 * one.data_seed,
+                    "real_only.val_top1": 50.0 + slow,
+                    "real_and_synthetic.top1": 80.0 - 10 * none + 5 * slow - heavy + one.data_seed,
+                    "real_and_synthetic.val_top1": 70.0 + 2 * (not slow) + heavy,
+                },
+            )
+        )
+    return rows
+
+
+def queued(monkeypatch, **options):
+    """The names of the settings and the seeds that a study puts into the queue."""
+    asked = []
+
+    def run_all(runs, jobs, keep):
+        asked.extend(runs)
+        keep((one, measured([one])[0].metrics) for one in runs)
+        return []
+
+    monkeypatch.setattr(queue, "run_all", run_all)
+    studies.study(Path("grid.yaml"), **options)
+    return [(one.setting.name, one.data_seed) for one in asked]
+
+
+def test_a_part_is_run_alone_and_every_run_of_a_sweep_is_a_row(project, monkeypatch):
+    assert set(queued(monkeypatch, only=["ten-n*", "plain"])) == {
+        ("ten-none", 1),
+        ("ten-none", 2),
+        ("plain", 1),
+    }
+    with Path("docs/grid-study.csv").open() as file:
+        rows = [row["setting"] for row in csv.DictReader(file)]
+    assert rows == ["plain"] + ["ten-none"] * 8
+    assert set(queued(monkeypatch)) == {("ten-bob", 1), ("ten-bob", 2)}
+    assert queued(monkeypatch) == []
+    with pytest.raises(BobError, match=r"grid\.yaml has no setting 'clip-\*'; there are plain, te"):
+        studies.study(Path("grid.yaml"), only=["clip-*"])
+
+
+def test_what_runs_wait_for_is_named_before_any_is_run_and_hinders_no_page(project, monkeypatch):
+    text = PRESETS.replace("ten: {", "ten: {data.name: cars, finetune.base_model: models/sd21, ")
+    text = text.replace("generate.context: bank", "generate.context: data/contexts/mine.jsonl")
+    (project / "presets.yaml").write_text(text)
+    with pytest.raises(BobError) as caught:
+        queued(monkeypatch)
+    assert str(caught.value).startswith("data/cars, data/contexts/mine.jsonl, models/sd21: not her")
+    assert queued(monkeypatch, only=["plain"]) == [("plain", 1)]
+    assert queued(monkeypatch, page_only=True) == []
+
+
+# --- what is reported ------------------------------------------------------------------------
+
+
+def cell(metric, seed, rows):
+    setting = grid().settings["ten-bob"]
+    return value(plan.Arm("", setting, metric), seed, {row.run: row for row in rows})
+
+
+def test_validation_chooses_among_the_runs_of_a_sweep_for_each_seed_and_variant(project):
+    rows = measured(grid().runs())
+    assert cell("real_and_synthetic.top1", 1, rows) == 80 - 1 + 1
+    assert cell("real_and_synthetic.top1", 2, rows) == 80 - 1 + 2
+    assert cell("real_only.top1", 2, rows) == 60 + 4
+    rows = [
+        Row(r.setting, r.run, r.code, r.inputs, r.metrics | {"real_and_synthetic.top1_few": few})
+        for few, r in enumerate(rows)
+    ]
+    chosen = next(
+        row
+        for row in rows
+        if row.run[1] == 1
+        and "learning_rate=0.001 classify.real_weight=0.7" in row.run[0]
+        and row.setting == "ten-bob"
+    )
+    few = cell("real_and_synthetic.top1_few", 1, rows)
+    assert few == chosen.metrics["real_and_synthetic.top1_few"]
+
+
+def test_nothing_is_reported_of_a_sweep_that_is_not_finished(project):
+    rows = measured(grid().runs())
+    last = next(row for row in reversed(rows) if row.setting == "ten-bob")
+    rows.remove(last)
+    assert cell("real_and_synthetic.top1", last.run[1], rows) is None
+    assert cell("real_and_synthetic.top1", 3 - last.run[1], rows) is not None
+
+
+def test_a_sweep_without_validation_photos_is_an_error_that_says_what_to_do(project):
+    rows = [
+        Row(r.setting, r.run, r.code, r.inputs, {"real_only.top1": 50.0})
+        for r in measured(grid().runs())
+    ]
+    with pytest.raises(BobError, match=r"ten-bob has .*real_only\.val_top1.*data\.val_per_class"):
+        cell("real_only.top1", 1, rows)
+
+
+def table(text, title):
+    """The lines of one table on a page: label and kind -> cells."""
+    lines = text.split(f"## {title}\n")[1].split("\n\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    cells, label = {}, ""
+    for first, kind, *rest in rows[2:]:
+        label = first or label
+        cells[label, kind] = rest
+    return rows[0][2:], cells
+
+
+def test_the_page_shows_ours_the_papers_and_the_difference(project):
+    study = grid()
+    page.write(study, measured(study.runs()))
+    text = study.page.read_text()
+    columns, cells = table(text, "Shots")
+    assert columns == ["BOB", "DataDream", "mean"]
+    # The seeds' 80 and 81: a mean of 80.5, and t(0.975, 1) * 0.7071 / sqrt(2) = 6.35.
+    assert cells["both", "ours"] == ["80.50 ± 6.35", "70.50 ± 6.35", "75.50 ± 6.35"]
+    assert cells["both", "paper"] == ["80.25", "not known", "75.50"]
+    assert cells["both", "difference"] == ["+0.25", page.DASH, "+0.00"]
+    assert cells["real", "paper"] == ["not known"] * 3
+    columns, cells = table(text, "Few")
+    assert cells["plain", "ours"] == ["76.00", page.DASH], "one seed, and no long tail"
+    assert cells["plain", "paper"] == ["not known", "39.72"]
+    assert "17 of 17 runs are measured" in text
+    assert "claim" not in text
+
+
+def test_where_a_run_is_missing_there_is_a_dash_and_no_mean(project):
+    study = grid()
+    rows = [row for row in measured(study.runs()) if (row.setting, row.run[1]) != ("ten-none", 2)]
+    page.write(study, rows)
+    _, cells = table(study.page.read_text(), "Shots")
+    assert cells["both", "ours"] == ["80.50 ± 6.35", page.DASH, page.DASH]
+    assert cells["both", "difference"] == ["+0.25", page.DASH, page.DASH]
+    assert cells["both", "paper"] == ["80.25", "not known", "75.50"]
+
+
+# --- the paper's tables ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_size(monkeypatch):
+    """The project, its schema with the keys of full size that it may still lack."""
+    monkeypatch.chdir(ROOT)
+    schema = params.schema()
+    for key in (
+        "caption.image_side",
+        "classify.lora_rank",
+        "classify.layer_decay",
+        "data.imbalance",
+    ):
+        section, name = key.split(".")
+        schema["properties"][section]["properties"].setdefault(name, {"type": "number"})
+    monkeypatch.setattr(settings, "schema", lambda: schema)
+
+
+@pytest.mark.parametrize(("name", "runs"), TABLES.items())
+def test_a_table_of_the_paper_can_be_planned_and_its_page_written(
+    full_size, tmp_path, monkeypatch, name, runs
+):
+    study = plan.read_study(Path(f"experiments/{name}.yaml"))  # checks every override
+    planned = study.runs()
+    assert len(planned) == runs
+    used = {arm.setting.name for table in study.tables for line in table.lines for arm in line.arms}
+    assert used == set(study.settings), "every setting stands in a table"
+    assert {len(setting.sweep) for setting in study.settings.values()} <= {8, 18}
+    monkeypatch.setattr(plan, "DOCS", tmp_path)
+    monkeypatch.setattr(type(study), "runs", lambda self: planned)
+    page.write(study, measured(planned))
+    text = study.page.read_text()
+    assert f"{runs} of {runs} runs are measured" in text
+    for shown in study.tables:
+        _, cells = table(text, shown.title)
+        for line in shown.lines:
+            paper = cells[line.label, "paper"]
+            figures = [f"{figure:.2f}" for figure in line.published.values()]
+            assert [one for one in paper if one != page.UNKNOWN] == figures
+            assert cells[line.label, "ours"][0] != page.DASH
+
+
+def test_the_papers_means_are_those_of_its_figures():
+    lines = [
+        row["paper"]
+        for table in read_yaml(ROOT / "experiments/table-1.yaml")["tables"]
+        for row in table["rows"]
+        if "mean" in row.get("paper", {})
+    ]
+    assert len(lines) == 7
+    for paper in lines:
+        figures = [figure for column, figure in paper.items() if column != "mean"]
+        assert paper["mean"] == pytest.approx(fmean(figures), abs=0.0051)
+
+
+# --- run by DVC ------------------------------------------------------------------------------
+
+
+def make_small(project, points):
+    """Let every preset be the miniature, and every sweep `points` values of the real weight."""
+    presets = read_yaml(project / "experiments/presets.yaml")
+    switches = {"finetune.context", "generate.context"}
+    small = {
+        name: {key: preset[key] for key in switches & preset.keys()}
+        for name, preset in presets.items()
+        if ".jsonl" not in json.dumps(preset)
+    }
+    yaml = YAML()
+    with (project / "experiments/presets.yaml").open("w") as file:
+        yaml.dump(presets.fromkeys(presets, {}) | small, file)
+    content = read_yaml(project / "experiments/table-1.yaml")
+    for one in content["grids"]:
+        one["sweep"] = {"classify.real_weight": points}
+    with (project / "experiments/table-1.yaml").open("w") as file:
+        yaml.dump(content, file)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_part_of_the_papers_main_table_is_filled_by_dvc(tmp_path):
+    project = make_project(tmp_path)
+    make_small(project, [0.2, 0.8])
+    run(project, "git", "commit", "--quiet", "--all", "--message", "small")
+    command = ["-m", "bob", "study", "experiments/table-1.yaml", "--only", "clip-aircraft-sd21-bob"]
+    output = run(project, "python", *command)
+    assert "study: 2 runs, 0 measured" in output
+    with (project / "docs/table-1-study.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    best = max(rows, key=lambda row: float(row["real_and_synthetic.val_top1"]))
+    _, cells = table((project / "docs/table-1-study.md").read_text(), "Stable Diffusion 2.1-base")
+    top1 = f"{float(best['real_and_synthetic.top1']):.2f}"
+    assert cells["CLIP, BOB", "ours"] == [top1] * 5, "all datasets are the miniature"
+    assert cells["CLIP, DataDream", "ours"] == [page.DASH] * 5
