@@ -58,7 +58,8 @@ class ClipBackbone:
         except LOADING_ERRORS as error:
             raise self._unloadable(reason_of(error)) from None
         side, crop = processor.size.shortest_edge, processor.crop_size
-        if not (side and crop and processor.do_center_crop and processor.do_normalize):
+        steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+        if not (side and crop and all(getattr(processor, step) for step in steps)):
             raise self._unloadable(
                 "its preprocessor_config.json does not resize the shorter side, crop the centre "
                 "and normalise, as CLIP's does"

@@ -322,11 +322,11 @@ def test_a_classifier_does_not_depend_on_those_trained_before_it(project: Path) 
     )
     settings = {"backbone": "models/vit", "epochs": 1}
     classify.run(classify_params(**settings, seeds=[0, 1]))
-    name = "real_and_synthetic/seed-1.safetensors"
-    last = tree(layout.CLASSIFY)[name]
+    name = "real_only/seed-1.safetensors"
+    third = tree(layout.CLASSIFY)[name]
     forget_items()
     classify.run(classify_params(**settings, seeds=[1]))
-    assert tree(layout.CLASSIFY)[name] == last
+    assert tree(layout.CLASSIFY)[name] == third
 
 
 # --- what was trained before ---------------------------------------------------------------------
@@ -406,6 +406,14 @@ def test_a_backbone_with_as_many_classes_as_the_task_still_gets_a_new_head(proje
         one.state_dict()["classifier.weight"], other.state_dict()["classifier.weight"]
     )
     assert load_timm(Path("models/three"), 0)(torch.zeros(2, 3, 32, 32)).ndim == 2
+
+
+def test_a_backbone_without_a_head_as_maes_is_gets_one(project: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=0)
+    timm.models.save_for_hf(model, "models/mae", safe_serialization=True)
+    network = load_timm(Path("models/mae"), 3)
+    assert network(torch.zeros(2, 3, 160, 160)).shape == (2, 3)
+    assert torch.equal(network.state_dict()["pos_embed"], model.state_dict()["pos_embed"])
 
 
 def test_a_broken_backbone_folder_is_one_line_that_names_it(project: Path) -> None:
