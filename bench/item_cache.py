@@ -31,7 +31,7 @@ SETTINGS = {"model": "0" * 32, "lora": "0" * 32, "code": "0" * 64, "steps": 20, 
 def planned(count: int) -> list[Generated]:
     task = Task("bird", tuple(f"Bird {number}" for number in range(CLASSES)))
     bank = [
-        Entry(str(number), "Bird 0", Context(f"place {number}", f"pose {number}"))
+        Entry(str(number), f"Bird {number % CLASSES}", Context(f"place {number}", f"pose {number}"))
         for number in range(500)
     ]
     return plan(task, bank, source="bank", images_per_class=count // CLASSES, seed=0)

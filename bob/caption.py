@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bob import captioner
+from bob.captioner import open_captioner
 from bob.data import Photo, Task, read_photos, read_task
+from bob.endpoint import UnansweredError
 from bob.errors import BobError
 from bob.files import replacing
 from bob.items import Item, ItemCache, code_hash, item_key, versions, write_items
@@ -62,17 +63,31 @@ def cached_ask(cache: ItemCache, settings: Any, items: list[Item] | None = None)
     The model is loaded for the first answer that is not there; what was asked is added to `items`.
     """
     folder = Path(settings.model)
-    model = captioner.Captioner(folder, settings.precision, settings.batch_size)
-    common = model.settings | {
-        "model": cache.content_hash(folder),
-        "code": code_hash(captioner.MADE_BY),
-        "versions": versions(captioner.LIBRARIES),
+    captioner = open_captioner(
+        folder,
+        precision=settings.precision,
+        batch_size=settings.batch_size,
+        image_side=settings.image_side,
+    )
+    # The folder's content is the model, unless the captioner says that it is elsewhere.
+    common = {"model": cache.content_hash(folder)} | captioner.settings
+    common |= {
+        "code": code_hash(captioner.made_by),
+        "versions": versions(captioner.libraries),
     }
 
     def ask(photos: Sequence[Photo], question: str) -> list[str]:
         def make(numbers: list[int]) -> list[bytes]:
-            answers = model.ask([photos[number] for number in numbers], question)
+            try:
+                answers = captioner.ask([photos[number] for number in numbers], question)
+            except UnansweredError as error:
+                keep({keys[numbers[i]]: answer.encode() for i, answer in error.answers.items()})
+                raise
             return [answer.encode() for answer in answers]
+
+        def keep(answers: dict[str, bytes]) -> None:
+            made = list(answers.values())
+            cache.take(list(answers), lambda numbers: [made[i] for i in numbers], len(made))
 
         keys = [item_key(**common, photo=photo.sha256, question=question) for photo in photos]
         oids = cache.take(keys, make, settings.batch_size, "captioning")

@@ -1,82 +1,87 @@
-"""Asking about photos: photos and a question in, raw answers out. Here is all that decides them."""
+"""Asking about photos: photos and a question in, raw answers out, whoever answers.
+
+A captioner is a folder. In it lies a model that transformers loads (`bob.vlm`), or the one file
+`endpoint.json`, which says where a model is served (`bob.endpoint`).
+"""
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import torch
 from PIL import Image
 
+from bob import endpoint
 from bob.data import Photo, open_image
-from bob.device import best_device, dtype_name, resolve_precision
 from bob.errors import BobError
 from bob.files import sha256
 
-# Named in an answer's key in the item cache: the modules that make it, and what they stand on.
-MADE_BY = ("captioner", "data", "device")
-LIBRARIES = ("pillow", "torch", "torchvision", "transformers")
+# Named in an answer's key in the item cache, besides what the model itself is made by.
+MADE_BY = ("captioner", "data")
+LIBRARIES = ("pillow",)
 
-MAX_NEW_TOKENS = 32
+MAX_NEW_TOKENS = 32  # a lead-in and the dozen words that the stage keeps
 
 
-class Captioner:
-    """An image-text-to-text model from a folder that transformers loads, when it is first asked."""
+class Model(Protocol):
+    """What answers, wherever it is."""
 
-    def __init__(self, folder: Path, precision: str, batch_size: int) -> None:
-        self._folder, self._batch_size = folder, batch_size
-        self._device = best_device()
-        self._dtype = resolve_precision(precision, self._device)
+    made_by: tuple[str, ...]
+    """The modules of bob that decide an answer."""
+    libraries: tuple[str, ...]
+    """The libraries whose version decides an answer."""
 
     @property
     def settings(self) -> dict[str, object]:
-        """What decides an answer besides model, photo, question and code."""
-        return {"precision": dtype_name(self._dtype), "batch_size": self._batch_size}
+        """What else decides an answer: `model` among it where the folder's content does not."""
 
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        """Processor and model; raises BobError naming the folder where it is no such model."""
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+    def answer(self, images: Sequence[Image.Image], question: str, max_tokens: int) -> list[str]:
+        """The raw answers to one question about each of the images."""
 
-        try:
-            processor = AutoProcessor.from_pretrained(self._folder, local_files_only=True)
-            model = AutoModelForImageTextToText.from_pretrained(
-                self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError) as error:
-            raise BobError(
-                f"caption.model {self._folder} is no image-text-to-text model that transformers "
-                f"loads ({' '.join(str(error).split())[:200]})"
-            ) from None
-        # The answer starts where the question ends, so padding goes before the question.
-        processor.tokenizer.padding_side = "left"
-        return processor, model.eval().to(self._device)
+
+class Captioner:
+    """A model that is shown images no larger than `image_side` pixels."""
+
+    def __init__(self, model: Model, image_side: int) -> None:
+        self._model, self._image_side = model, image_side
+        self.made_by = (*MADE_BY, *model.made_by)
+        self.libraries = (*LIBRARIES, *model.libraries)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What decides an answer besides the folder's content, photo, question and code."""
+        return {"image_side": self._image_side, **self._model.settings}
 
     def ask(self, photos: Sequence[Photo], question: str) -> list[str]:
-        """Ask one question of at most `batch_size` photos, greedily; returns the raw answers."""
+        """Ask one question of at most `batch_size` photos; returns the raw answers."""
         for photo in photos:
             _check(photo)
         return self.answer([open_image(photo.path) for photo in photos], question)
 
-    @torch.inference_mode()
     def answer(self, images: Sequence[Image.Image], question: str) -> list[str]:
         """The same of images that are no files."""
-        processor, model = self._loaded
-        # Padded to full size: what a model says must not depend on how many are asked with it.
-        padded = [*images, *[images[-1]] * (self._batch_size - len(images))]
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        inputs = processor(
-            text=[text] * len(padded),
-            images=[[image] for image in padded],
-            padding=True,
-            return_tensors="pt",
-        ).to(self._device, dtype=model.dtype)
-        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        answers = output[: len(images), inputs["input_ids"].shape[1] :]
-        return processor.batch_decode(answers, skip_special_tokens=True)
+        shown = [_shrunk(image, self._image_side) for image in images]
+        return self._model.answer(shown, question, MAX_NEW_TOKENS)
+
+
+def open_captioner(folder: Path, *, precision: str, batch_size: int, image_side: int) -> Captioner:
+    """The captioner in `folder`; a model is loaded, and an endpoint called, when first asked.
+
+    `batch_size` is how many images a model sees at once, or how many questions are under way at an
+    endpoint, for which `precision` says nothing. Raises BobError for an `endpoint.json` that is
+    none.
+    """
+    if (folder / endpoint.FILE).is_file():
+        return Captioner(endpoint.Endpoint(folder, batch_size), image_side)
+    from bob.vlm import VisionLanguageModel  # late: who asks an endpoint need not wait for torch
+
+    return Captioner(VisionLanguageModel(folder, precision, batch_size), image_side)
+
+
+def _shrunk(image: Image.Image, side: int) -> Image.Image:
+    """A copy whose longer side has at most `side` pixels."""
+    copy = image.copy()
+    copy.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
+    return copy
 
 
 def _check(photo: Photo) -> None:

@@ -88,6 +88,27 @@ def fetch(model: str, folder: Path) -> None:
 
 
 @cli.command()
+@click.argument("name", type=click.Choice(["aircraft", "cars", "cub", "pets", "flowers"]))
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(exists=True, path_type=Path),
+    help="The archive, or a folder with the published files, packed or not.  [default: download]",
+)
+@click.option(
+    "--to", "folder", type=click.Path(path_type=Path), help="Where to.  [default: data/NAME]"
+)
+def dataset(name: str, source: Path | None, folder: Path | None) -> None:
+    """Bring a public benchmark, with its official split, into data/ and track it with DVC.
+
+    Stanford Cars is no longer published: give its files with --from.
+    """
+    from bob.datasets import dataset as bring_dataset
+
+    bring_dataset(name, source, folder or Path("data") / name)
+
+
+@cli.command()
 @click.argument("stages", nargs=-1, metavar="[STAGE]...")
 def verify(stages: tuple[str, ...]) -> None:
     """Check that stages touch what dvc.yaml declares for them, and nothing else.

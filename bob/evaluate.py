@@ -1,7 +1,8 @@
 """Stage `evaluate`: the classifiers' accuracy on the test photos, which nothing else has seen."""
 
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -38,7 +39,8 @@ def run(params: Params) -> None:
             "data.test_fraction"
         )
     predictions = classify_photos(trained, photos)
-    metrics = accuracy_metrics(photos, predictions)
+    groups = shot_groups(read_photos(layout.TRAIN), {photo.class_name for photo in photos})
+    metrics = accuracy_metrics(photos, predictions, groups)
     with replacing(layout.EVALUATE) as folder:
         _write_plots(folder, trained.classes, photos, predictions)
     write_json(layout.ACCURACY_METRICS, metrics)
@@ -65,35 +67,72 @@ def classify_photos(trained: Trained, photos: Sequence[Photo]) -> Predictions:
     return predictions
 
 
+def shot_groups(train: Sequence[Photo], classes: Iterable[str]) -> dict[str, list[str]]:
+    """Thirds of `classes` by number of training photos: many, medium and few.
+
+    Equal numbers are ordered by name. `many` and `few` have round(C / 3) of the C classes each, so
+    that no two groups differ by more than one class; of two classes none is medium. There are no
+    groups where every class has the same number.
+    """
+    counts = Counter(photo.class_name for photo in train)
+    ranked = sorted(classes, key=lambda name: (-counts[name], name))
+    if counts[ranked[0]] == counts[ranked[-1]]:
+        return {}
+    outer = round(len(ranked) / 3)
+    medium = ranked[outer : len(ranked) - outer]
+    groups = {"many": ranked[:outer], "medium": medium, "few": ranked[-outer:]}
+    return {group: members for group, members in groups.items() if members}
+
+
 def accuracy_metrics(
-    photos: Sequence[Photo], predictions: Predictions
+    photos: Sequence[Photo], predictions: Predictions, groups: Mapping[str, Sequence[str]]
 ) -> dict[str, float | dict[str, float]]:
     """Top-1 accuracy in percent of each variant, mean and standard deviation over the seeds.
 
     `lift` is the difference of the means in points; `lift_std` is the standard deviation of the
     seeds' own differences, since both variants of a seed are trained on the same real batches.
-    The deviations are those of a sample (n - 1), and zero for a single seed.
+    The deviations are those of a sample (n - 1), and zero for a single seed. For each of `groups`,
+    `top1_<group>` is the mean of its classes' own top-1, and `lift_<group>` the difference in it.
     """
     by_seed = {
-        variant: [top1(photos, named) for named in seeds.values()]
+        variant: [_scores(photos, named, groups) for named in seeds.values()]
         for variant, seeds in predictions.items()
     }
     pairs = zip(by_seed[REAL_AND_SYNTHETIC], by_seed[REAL_ONLY], strict=True)
-    lifts = [both - real for both, real in pairs]
+    lifts = [{of: both[of] - real[of] for of in both} for both, real in pairs]
     return {
-        **{
-            variant: {"top1": _mean(values), "top1_std": _std(values)}
-            for variant, values in by_seed.items()
-        },
-        "lift": _mean(lifts),
-        "lift_std": _std(lifts),
+        **{variant: _over_seeds("top1", scores) for variant, scores in by_seed.items()},
+        **_over_seeds("lift", lifts),
     }
+
+
+def _scores(
+    photos: Sequence[Photo], named: Sequence[str], groups: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """One classifier's top-1 over all photos, under "", and over the classes of each group."""
+    return {"": top1(photos, named)} | {
+        f"_{group}": statistics.fmean(class_top1(name, photos, named) for name in members)
+        for group, members in groups.items()
+    }
+
+
+def _over_seeds(metric: str, scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    means = {f"{metric}{of}": _mean([score[of] for score in scores]) for of in scores[0]}
+    return means | {f"{metric}_std": _std([score[""] for score in scores])}
 
 
 def top1(photos: Sequence[Photo], named: Sequence[str]) -> float:
     """Percentage of the photos whose class was named."""
     hits = [photo.class_name == name for photo, name in zip(photos, named, strict=True)]
     return 100 * sum(hits) / len(hits)
+
+
+def class_top1(class_name: str, photos: Sequence[Photo], named: Sequence[str]) -> float:
+    """Percentage of one class's photos whose class was named; the class has at least one."""
+    own = [
+        name for photo, name in zip(photos, named, strict=True) if photo.class_name == class_name
+    ]
+    return 100 * own.count(class_name) / len(own)
 
 
 # Two decimals: a percentage of some hundred photos has no more to say, and tables stay readable.
@@ -122,7 +161,10 @@ def _write_plots(
             folder / "per_class" / f"{variant}.csv",
             ["class", "top1"],
             (
-                [class_name, _class_top1(class_name, photos, seeds)]
+                [
+                    class_name,
+                    _mean([class_top1(class_name, photos, named) for named in seeds.values()]),
+                ]
                 for class_name in classes
                 if any(photo.class_name == class_name for photo in photos)
             ),
@@ -132,13 +174,6 @@ def _write_plots(
             ["seed", "top1"],
             ([seed, round(top1(photos, named), 2)] for seed, named in seeds.items()),
         )
-
-
-def _class_top1(class_name: str, photos: Sequence[Photo], seeds: dict[int, list[str]]) -> float:
-    own = [i for i, photo in enumerate(photos) if photo.class_name == class_name]
-    return _mean(
-        [100 * sum(named[i] == class_name for i in own) / len(own) for named in seeds.values()]
-    )
 
 
 def _summary(metrics: dict[str, float | dict[str, float]], photos: int) -> str:

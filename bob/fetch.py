@@ -28,10 +28,7 @@ def fetch(model: str, folder: Path) -> None:
             f"{model!r} is not ID@COMMIT with a full 40-digit commit, such as "
             f"org/name@{'0123456789' * 4}; the model's page on the Hub lists its commits"
         )
-    if folder.parent != Path("models"):
-        raise BobError(f"{folder}: models live in models/<name>, which is what params.yaml names")
-    if folder.exists():
-        raise BobError(f"{folder} exists; remove it, or fetch under another name")
+    check_free(folder, "models")
 
     from huggingface_hub import HfApi, snapshot_download
 
@@ -62,14 +59,30 @@ def fetch(model: str, folder: Path) -> None:
         reason = " ".join(str(error).split())[:200]
         raise BobError(f"{model} could not be fetched: {reason}") from None
 
-    track = subprocess.run(
+    track(folder)
+
+
+def check_free(folder: Path, parent: str) -> None:
+    """Raise BobError unless `folder` is `<parent>/<name>` and does not exist yet."""
+    if folder.parent != Path(parent):
+        raise BobError(
+            f"{folder}: {parent} live in {parent}/<name>, which is what params.yaml names"
+        )
+    if folder.exists():
+        raise BobError(f"{folder} exists; remove it, or take another name")
+
+
+def track(folder: Path) -> None:
+    """`dvc add` the folder; raises BobError with DVC's words where that fails."""
+    added = subprocess.run(
         [sys.executable, "-m", "dvc", "add", "--quiet", str(folder)],
         check=False,
         capture_output=True,
         text=True,
     )
-    if track.returncode:
+    if added.returncode:
         raise BobError(
-            f"{folder} is there, but `dvc add {folder}` failed: {' '.join(track.stderr.split())}"
+            f"{folder} is there, but `dvc add {folder}` failed: {' '.join(added.stderr.split())}"
         )
-    print(f"fetched {folder}; for queued experiments: git add {folder}.dvc models/.gitignore")
+    tracking = f"{folder}.dvc {folder.parent}/.gitignore"
+    print(f"DVC tracks {folder}; for queued experiments: git add {tracking}")

@@ -1,7 +1,8 @@
 """Stage generate: the synthetic set, with context marginalization (paper: step 3)."""
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bob import sampling
@@ -10,6 +11,7 @@ from bob.files import replacing
 from bob.items import Item, ItemCache, code_hash, item_key, versions, write_items
 from bob.layout import BANK, GENERATE, GENERATED, GENERATED_ITEMS, LORA
 from bob.manifest import Generated, check_files, write_manifest
+from bob.naming import folder_of
 from bob.params import Params
 from bob.prompts import Entry, drawn_from, prompt, read_bank
 
@@ -75,14 +77,16 @@ def plan(
     """Decide class, context, prompt and seed of every image before the first is made.
 
     Each image is decided by (seed, class, its number in the class) alone: the plan for n images of
-    a class is a prefix of the plan for n + k, whatever the other classes are. The context is drawn
+    a class is a prefix of the plan for n + k, whatever the other classes are. How many there are is
+    what `images_by_class` says, the bank having an entry for every real photo. The context is drawn
     uniformly from the pool of `drawn_from`, always a whole (background, pose) pair.
     """
+    counts = images_by_class(task.classes, (entry.class_name for entry in bank), images_per_class)
     planned = []
     for class_name in task.classes if images_per_class else ():
         pool = drawn_from(source, bank, class_name)
-        folder = class_name.replace(" ", "_")
-        for number in range(images_per_class):
+        folder = folder_of(class_name)
+        for number in range(counts[class_name]):
             context = pool[_hashed("context", seed, class_name, number) % len(pool)]
             planned.append(
                 Generated(
@@ -94,6 +98,21 @@ def plan(
                 )
             )
     return planned
+
+
+def images_by_class(
+    classes: Sequence[str], real: Iterable[str], images_per_class: int
+) -> dict[str, int]:
+    """How many images of each class make real plus synthetic as many in every class.
+
+    `images_per_class` + n_max - n_c, where n_c is how often the class stands in `real`, the classes
+    of the real training photos: a rare class gets as many more as it lacks. 0 is none at all.
+    """
+    counts = Counter(real)
+    most = max(counts[name] for name in classes)
+    return {
+        name: images_per_class + most - counts[name] if images_per_class else 0 for name in classes
+    }
 
 
 def _hashed(*what: object) -> int:

@@ -122,6 +122,8 @@ _TYPES = {
 
 def _allowed(rule: Mapping[str, Any]) -> str:
     """Plain words for what a schema rule allows."""
+    if "description" in rule:
+        return rule["description"]
     if "anyOf" in rule:
         return " or ".join(_allowed(option) for option in rule["anyOf"])
     if "enum" in rule:
@@ -129,7 +131,7 @@ def _allowed(rule: Mapping[str, Any]) -> str:
     if "const" in rule:
         return str(rule["const"])
     if "pattern" in rule:
-        return rule.get("description", f"text like {rule['pattern']}")
+        return f"text like {rule['pattern']}"
     words = _TYPES[rule["type"]]
     if rule["type"] == "array":
         return f"{words} of at least {rule.get('minItems', 0)} of: {_allowed(rule['items'])}"

@@ -19,6 +19,7 @@ from bob.data import Photo, Task, open_image, write_photos, write_task
 from bob.errors import BobError
 from bob.files import replacing, sha256
 from bob.layout import CLASSES, SPLIT, TEST, TRAIN, VAL
+from bob.naming import class_name_of
 from bob.params import Params, check, read_yaml
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -28,7 +29,16 @@ DATASET_SCHEMA: dict[str, Any] = {
     "required": ["descriptor"],
     "additionalProperties": False,
     "properties": {
-        "descriptor": {"type": "string", "pattern": r"\S", "description": "a noun such as bird"}
+        "descriptor": {"type": "string", "pattern": r"\S", "description": "a noun such as bird"},
+        "classes": {
+            "type": "object",
+            "description": "a mapping of folders to class names",
+            "additionalProperties": {
+                "type": "string",
+                "pattern": r"\S",
+                "description": "the class's name",
+            },
+        },
     },
 }
 
@@ -55,6 +65,7 @@ def run(params: Params) -> None:
             draw_split(
                 dataset,
                 shots=params.data.shots,
+                imbalance=params.data.imbalance,
                 seed=params.data.seed,
                 val_per_class=params.data.val_per_class,
                 test_fraction=params.data.test_fraction,
@@ -86,6 +97,7 @@ def draw_split(
     dataset: Dataset,
     *,
     shots: int | str,
+    imbalance: float,
     seed: int,
     val_per_class: int,
     test_fraction: float,
@@ -93,9 +105,10 @@ def draw_split(
 ) -> Split:
     """Choose train, validation and test photos of every class.
 
-    Photos are ranked by a hash of the seed and their content, and the shots are the first ones: so
-    ten shots contain the five, and a photo that is added moves no other. Validation is the end of
-    the same ranking, so it stays when the number of shots changes. Test, where the dataset has
+    Photos are ranked by a hash of the seed and their content, and the shots are the first ones, as
+    many as `shots_by_class` says: so ten shots contain the five and a balanced split the long tail,
+    and a photo that is added moves no other. Validation is the end of the same ranking, so it stays
+    when the number of shots or the imbalance changes. Test, where the dataset has
     none of its own, is ranked without the seed: every draw of shots is measured on the same photos.
 
     Raises BobError naming the classes that have too few photos, and what would fit.
@@ -112,10 +125,12 @@ def draw_split(
             photos = ranked[held_out:]
         pools[class_name] = _ranked(photos, str(seed))
     _check_enough(pools, dataset, shots, val_per_class, name)
+    available = {class_name: len(pool) for class_name, pool in pools.items()}
+    drawn = shots_by_class(available, shots, imbalance, seed)
 
     for class_name, pool in pools.items():
+        train += pool[: drawn[class_name]]
         taken = len(pool) if shots == "all" else int(shots)
-        train += pool[:taken]
         if dataset.val is None and val_per_class:
             val += sorted(pool[taken:][-val_per_class:], key=_by_path)
         elif dataset.val is not None:
@@ -123,6 +138,27 @@ def draw_split(
         if dataset.test is not None:
             test += dataset.test.get(class_name, [])
     return train, val, test
+
+
+def shots_by_class(
+    available: Mapping[str, int], shots: int | str, imbalance: float, seed: int
+) -> dict[str, int]:
+    """How many photos of each class are for training, of those that are `available`.
+
+    With an `imbalance` of 1 it is `shots` of every class, or all it has. Above, it is the
+    exponential long tail of Cui et al. 2019 (arXiv 1901.05555): the class of rank i among C has
+    max(1, round(n_max * imbalance^(-i / (C - 1)))), where n_max is `shots`, or for `all` what the
+    smallest class has, so that any class can have any rank. Ranks follow a hash of seed and class
+    name: another data seed is another draw of which classes are rare.
+    """
+    if imbalance == 1:
+        return {name: have if shots == "all" else int(shots) for name, have in available.items()}
+    most = min(available.values()) if shots == "all" else int(shots)
+    ranked = sorted(available, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    return {
+        name: max(1, round(most * imbalance ** (-rank / (len(ranked) - 1))))
+        for rank, name in enumerate(ranked)
+    }
 
 
 def _check_enough(
@@ -153,24 +189,32 @@ def _check_enough(
 def read_dataset(folder: Path) -> Dataset:
     """Read `folder`: class folders, directly or inside train/, val/ and test/, and dataset.yaml.
 
-    Every image is decoded once. Raises BobError naming the file or class for: no descriptor, an
-    empty class, an unreadable image, a test class that is not in train, one content in two classes
-    or in two parts. A second copy of an image within a class is left out with a warning.
+    A class is named as its folder, or as `classes` in dataset.yaml says. Every image is decoded
+    once. Raises BobError naming the file or class for: no descriptor, a name for a folder that is
+    not there, two folders of one class, an empty class, an unreadable image, a test class that is
+    not in train, one content in two classes or in two parts. A second copy of an image within a
+    class is left out with a warning.
     """
     if not folder.is_dir():
         raise BobError(
             f"{folder} is missing; put class folders of photos there, then "
             f"`dvc add {folder} && git add {folder}.dvc`, or set data.name to what you have"
         )
-    descriptor = _read_descriptor(folder / "dataset.yaml")
+    about = folder / "dataset.yaml"
+    descriptor, names = _read_about(about)
     if any(path.is_dir() for path in (folder / "train").glob("*")):
-        parts = {
-            part: _list_classes(folder / part)
-            for part in ("train", "val", "test")
-            if (folder / part).is_dir()
+        roots = {
+            part: folder / part for part in ("train", "val", "test") if (folder / part).is_dir()
         }
     else:
-        parts = {"train": _list_classes(folder)}
+        roots = {"train": folder}
+    for name in names:
+        if not any((root / name).is_dir() for root in roots.values()):
+            raise BobError(
+                f"{about}: classes names the folder {name!r}, which is not there; correct or "
+                "remove the entry"
+            )
+    parts = {part: _list_classes(root, names) for part, root in roots.items()}
 
     files = [path for classes in parts.values() for paths in classes.values() for path in paths]
     hashes = _decode_and_hash(files)
@@ -185,7 +229,8 @@ def read_dataset(folder: Path) -> Dataset:
     return Dataset(descriptor, photos["train"], photos.get("val"), photos.get("test"))
 
 
-def _read_descriptor(path: Path) -> str:
+def _read_about(path: Path) -> tuple[str, dict[str, str]]:
+    """The descriptor, and the names of classes that are not spelled as their folders."""
     if not path.is_file():
         raise BobError(
             f"{path} is missing; write one line into it, the generic noun of all classes, such as: "
@@ -193,16 +238,17 @@ def _read_descriptor(path: Path) -> str:
         )
     value = read_yaml(path)
     check(path, value, DATASET_SCHEMA)
-    return value["descriptor"].strip()
+    # YAML reads a folder "747" as a number.
+    names = {str(name): " ".join(said.split()) for name, said in value.get("classes", {}).items()}
+    return value["descriptor"].strip(), names
 
 
-def _list_classes(folder: Path) -> dict[str, list[Path]]:
+def _list_classes(folder: Path, names: Mapping[str, str]) -> dict[str, list[Path]]:
     classes: dict[str, list[Path]] = {}
     for directory in sorted(folder.iterdir()):
         if not directory.is_dir() or directory.name.startswith("."):
             continue
-        # As benchmarks and prompts spell it: a folder "Anna_Hummingbird" is "Anna Hummingbird".
-        class_name = " ".join(directory.name.replace("_", " ").split())
+        class_name = names.get(directory.name) or class_name_of(directory.name)
         if class_name in classes:
             raise BobError(f"{folder}: two folders spell the class {class_name!r}; merge them")
         files = sorted(

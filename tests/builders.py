@@ -20,7 +20,11 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
+
+from bob.miniature.captioner import new_processor
 
 
 def build_text_to_image(folder: Path, prediction_type: str = "epsilon") -> Path:
@@ -128,6 +132,91 @@ def build_clip(folder: Path) -> Path:
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 36}, crop_size=32).save_pretrained(folder)
+    return folder
+
+
+# As in the repositories of Qwen2.5-VL, but for its branch for videos.
+QWEN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_captioner(folder: Path) -> Path:
+    """A Qwen2.5-VL of random bf16 weights, in the files that the Hub's have.
+
+    A flat configuration, the older files for images and chat, weights in several files, padding on
+    the right, and generation that samples and penalises repetition.
+    """
+    torch.manual_seed(0)
+    tokenizer = new_processor().tokenizer
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(folder)
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    config = {
+        "model_type": "qwen2_5_vl",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "tie_word_embeddings": False,
+        "bos_token_id": special["<|endoftext|>"],
+        "eos_token_id": special["<|im_end|>"],
+        "image_token_id": special["<|image_pad|>"],
+        "video_token_id": special["<|video_pad|>"],
+        "vision_start_token_id": special["<|vision_start|>"],
+        "vision_end_token_id": special["<|vision_end|>"],
+        "torch_dtype": "bfloat16",
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "out_hidden_size": 64,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+    }
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    # Random weights of the usual size say the same of every image.
+    torch.nn.init.normal_(model.lm_head.weight, std=1)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="300KB")
+    files = {
+        "config.json": {"architectures": [type(model).__name__], **config},
+        "generation_config.json": {
+            "do_sample": True,
+            "temperature": 1e-6,
+            "repetition_penalty": 1.05,
+            "eos_token_id": [special["<|im_end|>"], special["<|endoftext|>"]],
+            "pad_token_id": special["<|endoftext|>"],
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "min_pixels": 56 * 56,
+            "max_pixels": 28 * 28 * 16384,
+            "patch_size": 14,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        "chat_template.json": {"chat_template": QWEN_CHAT_TEMPLATE},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
     return folder
 
 

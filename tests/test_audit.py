@@ -69,6 +69,7 @@ def test_the_pictures_are_judged_by_the_captioner_and_not_by_their_prompts(repos
                 "model": str(ROOT / "models/miniature-captioner"),
                 "batch_size": 4,
                 "precision": "fp32",
+                "image_side": 768,
             }
         },
         "audit",

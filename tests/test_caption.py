@@ -87,7 +87,7 @@ def test_a_photo_whose_answers_are_all_refused_is_left_out():
 CONTEXTS = [Context("ocean", "level facing left"), Context("sunset", "climbing facing right")]
 
 
-def caption_photos(workspace, model=CAPTIONER, batch_size=3, bank="captioner"):
+def caption_photos(workspace, model=CAPTIONER, batch_size=3, bank="captioner", image_side=768):
     """Caption drawings of two task variants in two contexts each, none of which it has seen."""
     photos = []
     for number, (variant, context) in enumerate(itertools.product(TASK[:2], CONTEXTS)):
@@ -96,8 +96,14 @@ def caption_photos(workspace, model=CAPTIONER, batch_size=3, bank="captioner"):
         photos.append(Photo(path.name, variant.name, sha256(path)))
     write_photos(TRAIN, photos)
     write_task(CLASSES, Task("aircraft", tuple(variant.name for variant in TASK[:2])))
-    settings = {"model": str(model), "batch_size": batch_size, "precision": "fp32"}
-    caption.run(Params({"caption": settings | {"bank": bank}}, "caption"))
+    settings = {
+        "bank": bank,
+        "model": str(model),
+        "batch_size": batch_size,
+        "precision": "fp32",
+        "image_side": image_side,
+    }
+    caption.run(Params({"caption": settings}, "caption"))
     return read_bank(BANK)
 
 
@@ -111,6 +117,14 @@ def test_the_stage_writes_an_entry_for_every_photo_in_order(repository):
 
 def test_what_is_said_of_a_photo_does_not_depend_on_how_many_are_asked_with_it(repository):
     assert caption_photos(repository, batch_size=3) == caption_photos(repository, batch_size=1)
+
+
+def test_photos_are_asked_about_again_at_another_size(repository, capsys):
+    caption_photos(repository)
+    caption_photos(repository)
+    assert "(8 answers reused, 0 made)" in capsys.readouterr().out
+    caption_photos(repository, image_side=32)
+    assert "(0 answers reused" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_captioner_is_told_in_one_line(repository):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from bob import classify, evaluate, layout
-from bob.data import Photo
+from bob.data import Photo, read_photos, write_photos
 from bob.errors import BobError
-from bob.evaluate import accuracy_metrics
+from bob.evaluate import accuracy_metrics, shot_groups
 from bob.files import read_json, write_jsonl
 from bob.params import Params
 from tests.tiny_project import CLASSES, classify_params, make_project, tree
@@ -35,6 +35,7 @@ def test_the_metrics_are_means_and_sample_deviations_over_seeds_and_the_lift_is_
             "real_only": {0: named(4), 1: named(6)},
             "real_and_synthetic": {0: named(7), 1: named(9)},
         },
+        groups={},
     )
     assert metrics == {
         "real_only": {"top1": 50.0, "top1_std": 14.14},
@@ -47,10 +48,59 @@ def test_the_metrics_are_means_and_sample_deviations_over_seeds_and_the_lift_is_
 def test_one_seed_has_a_deviation_of_zero() -> None:
     photos = [Photo("0.png", "a", ""), Photo("1.png", "b", ""), Photo("2.png", "b", "")]
     metrics = accuracy_metrics(
-        photos, {"real_only": {7: ["a", "a", "a"]}, "real_and_synthetic": {7: ["a", "b", "b"]}}
+        photos,
+        {"real_only": {7: ["a", "a", "a"]}, "real_and_synthetic": {7: ["a", "b", "b"]}},
+        groups={},
     )
     assert metrics["real_only"] == {"top1": 33.33, "top1_std": 0.0}
     assert (metrics["lift"], metrics["lift_std"]) == (66.67, 0.0)
+
+
+def shots(**counts: int) -> list[Photo]:
+    return [Photo("", name, "") for name, count in counts.items() for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("train", "groups"),
+    [
+        (shots(a=1, b=2, c=3), {"many": ["c"], "medium": ["b"], "few": ["a"]}),
+        (shots(a=1, b=2), {"many": ["b"], "few": ["a"]}),
+        (shots(d=2, c=2, b=2, a=9), {"many": ["a"], "medium": ["b", "c"], "few": ["d"]}),
+        (
+            shots(a=8, b=7, c=6, d=5, e=4, f=3, g=2, h=1),
+            {"many": ["a", "b", "c"], "medium": ["d", "e"], "few": ["f", "g", "h"]},
+        ),
+        (shots(a=3, b=3, c=3), {}),
+    ],
+)
+def test_groups_are_thirds_of_the_classes_by_training_photos(
+    train: list[Photo], groups: dict[str, list[str]]
+) -> None:
+    assert shot_groups(train, {photo.class_name for photo in train}) == groups
+
+
+def test_classes_that_test_does_not_have_are_in_no_group() -> None:
+    assert shot_groups(shots(a=1, b=2, c=3), {"a", "c"}) == {"many": ["c"], "few": ["a"]}
+
+
+def test_a_group_is_measured_by_the_mean_of_its_classes_and_of_the_seeds() -> None:
+    photos = [Photo("", name, "") for name in "aaaabbc"]
+    metrics = accuracy_metrics(
+        photos,
+        {
+            "real_only": {0: list("aaccbac"), 1: list("aaaabbb")},
+            "real_and_synthetic": {0: list("aaacbbc"), 1: list("aaaabbc")},
+        },
+        groups={"many": ["a", "b"], "few": ["c"]},
+    )
+    assert metrics["real_only"] == {
+        "top1": round((100 * 4 / 7 + 100 * 6 / 7) / 2, 2),
+        "top1_std": 20.2,
+        "top1_many": 75.0,  # of 50 and 50, 100 and 100
+        "top1_few": 50.0,  # of 100, 0
+    }
+    assert metrics["lift_many"] == 18.75  # 87.5 and 100 instead of 50 and 100
+    assert metrics["lift_few"] == 50.0
 
 
 def test_the_stage_writes_scalars_only_and_plots_data_that_agree_with_them(
@@ -82,6 +132,16 @@ def test_the_stage_writes_scalars_only_and_plots_data_that_agree_with_them(
         metrics["real_and_synthetic"]["top1"] - metrics["real_only"]["top1"], abs=0.011
     )
     assert "null" not in json.dumps(metrics)
+
+    write_photos(layout.TRAIN, read_photos(layout.TRAIN)[:-1])  # one less of the last class
+    evaluate.run(NO_PARAMS)
+    grouped = read_json(layout.ACCURACY_METRICS)
+    assert set(grouped) - set(metrics) == {"lift_many", "lift_medium", "lift_few"}
+    per_class = rows(layout.EVALUATE / "per_class" / "real_only.csv")
+    assert grouped["real_only"] == metrics["real_only"] | {
+        f"top1_{group}": float(row["top1"])
+        for group, row in zip(("many", "medium", "few"), per_class, strict=True)
+    }
 
     write_jsonl(layout.TEST, [])
     with pytest.raises(BobError, match=r"test\.jsonl lists no photo"):

@@ -15,7 +15,7 @@ from bob.items import Index, read_items
 from bob.layout import BANK, CLASSES, GENERATE, GENERATED, GENERATED_ITEMS, LORA
 from bob.manifest import check_files, read_manifest
 from bob.params import Params
-from bob.prompts import Context, Entry, write_bank
+from bob.prompts import Context, Entry, read_bank, write_bank
 from bob.sampling import ImageMaker
 from tests.builders import build_text_to_image
 from tests.tiny_project import tree
@@ -53,7 +53,7 @@ def project(repository, models):
     LORA.symlink_to(models / "lora")
     write_task(CLASSES, Task("bird", ("Tit", "Wren")))
     contexts = [Context("green leaves", "perched"), Context("sky", "flying")]
-    write_bank(BANK, [Entry(f"{number}", "Tit", both) for number, both in enumerate(contexts)])
+    write_bank(BANK, [Entry(*one) for one in zip("01", ("Tit", "Wren"), contexts, strict=True)])
     return repository
 
 
@@ -74,6 +74,15 @@ def test_more_images_make_the_missing_ones_and_fewer_make_none(project, capsys):
     again, *counts = run(capsys)
     assert counts == [4, 0]
     assert again == few
+
+
+def test_a_class_with_fewer_photos_gets_more_images(project, capsys):
+    before, *_ = run(capsys)
+    bank = read_bank(BANK)
+    write_bank(BANK, [*bank, Entry("2", "Tit", bank[0].context)])
+    images, *counts = run(capsys, context="none")
+    assert set(images) - set(before) == {"images/Wren/0002.png"}
+    assert counts == [0, 5]
 
 
 def test_the_model_is_not_loaded_where_no_image_is_missing(project, capsys, monkeypatch):
@@ -119,7 +128,8 @@ def test_a_plan_that_draws_other_contexts_reuses_the_prompts_it_shares(project, 
     """An image is known by its prompt and seed, and not by how it came to be planned."""
     run(capsys)
     prompts = [image.prompt for image in read_manifest()]
-    write_bank(BANK, [Entry("0", "Tit", Context("green leaves", "perched"))])
+    leaves = Context("green leaves", "perched")
+    write_bank(BANK, [Entry("0", "Tit", leaves), Entry("1", "Wren", leaves)])
     shared = sum("green leaves" in prompt for prompt in prompts)
     assert 0 < shared < 4
     assert run(capsys)[1:] == (shared, 4 - shared)

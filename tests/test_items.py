@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from dvc.repo import Repo
 
-from bob import captioner, items, sampling
+from bob import captioner, endpoint, items, sampling, vlm
 from bob.cli import cli
 from bob.errors import BobError
 from bob.items import Index, Item, ItemCache, Row, code_hash, item_key, read_items, write_items
@@ -305,13 +305,19 @@ DECIDES_NOTHING = {
     "errors": "says what went wrong",
     "files": "reads and writes JSON, and hashes a photo to compare it with its manifest",
     "layout": "says where outputs lie",
+    "params": "checks endpoint.json against its schema",
 }
 
 
-@pytest.mark.parametrize("module", [captioner, sampling])
+@pytest.mark.parametrize("module", [endpoint, sampling, vlm])
 def test_the_code_in_a_key_is_the_code_that_makes_the_item(module):
     imported = imported_modules(module.__name__.removeprefix("bob."))
     assert set(module.MADE_BY) == imported - set(DECIDES_NOTHING)
+
+
+def test_a_captioner_is_made_by_its_own_code_and_by_that_of_either_kind():
+    either = {*captioner.MADE_BY, *endpoint.MADE_BY, *vlm.MADE_BY}
+    assert either == imported_modules("captioner") - set(DECIDES_NOTHING)
 
 
 def test_a_models_content_decides_and_not_its_place_or_card(repository):

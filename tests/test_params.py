@@ -42,6 +42,7 @@ def told():
     [
         ("data", "shots", "five", 'data.shots is "five"; allowed: a whole number from 1 or all'),
         ("data", "shots", 0, "data.shots is 0; allowed: a whole number from 1 or all"),
+        ("data", "imbalance", 0.5, "data.imbalance is 0.5; allowed: a number from 1"),
         ("data", "name", "../mine", 'data.name is "../mine"; allowed: the name of a folder'),
         ("data", "test_fraction", 1.5, "allowed: a number above 0 below 1"),
         ("finetune", "base_model", "/tmp/sd", "allowed: a folder models/<name>"),

@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+from collections import Counter
 
 import pytest
 from dvc.repo import Repo
@@ -266,6 +267,32 @@ def test_two_datasets_run_side_by_side_from_the_queue(project):
     assert set(accuracies) == {"mine", "miniature"}
     assert accuracies["mine"]["real_only"]["top1"] >= 50
     assert read_params(project)["data"]["name"] == "miniature"
+
+
+@pytest.mark.slow
+def test_a_long_tail_is_balanced_by_generated_images_and_reported_by_frequency(project):
+    original = (project / "params.yaml").read_text()
+    try:
+        set_params(project, {"data": {"imbalance": 2}})
+        dvc(project, "repro", "evaluate")
+        real, generated = (
+            Counter(json.loads(line)[key] for line in (project / file).read_text().splitlines())
+            for file, key in (
+                ("results/split/train.jsonl", "class_name"),
+                ("results/generate/manifest.jsonl", "class"),
+            )
+        )
+        assert sorted(real.values()) == [1, 2]
+        assert sorted(generated.values()) == [2, 3]
+        assert len(set((real + generated).values())) == 1
+        accuracy = json.loads((project / "metrics/accuracy.json").read_text())
+        for variant in ("real_only", "real_and_synthetic"):
+            groups = [accuracy[variant][f"top1_{group}"] for group in ("many", "few")]
+            assert accuracy[variant]["top1"] == pytest.approx(sum(groups) / 2, abs=0.011)
+        assert {"lift_many", "lift_few"} < accuracy.keys()  # of two classes none is medium
+    finally:
+        (project / "params.yaml").write_text(original)
+        dvc(project, "repro")
 
 
 @pytest.mark.slow

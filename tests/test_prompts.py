@@ -1,6 +1,7 @@
 """Prompts, the caption bank, and where contexts are drawn from."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +102,37 @@ def test_context_from_the_same_class_stays_there():
         ("Wren", LEAVES),
         ("Tit", SKY),
     }
+
+
+def test_rare_classes_get_as_many_more_images_as_they_have_fewer_photos():
+    def of_each(bank, count, source="bank"):
+        images = plan(TASK, bank, source=source, images_per_class=count, seed=0)
+        return Counter(image.class_name for image in images)
+
+    one_wren = BANK[1:]  # and two tits
+    assert of_each(one_wren, 100) == {"Tit": 100, "Wren": 101}
+    assert of_each(one_wren, 1, source="class") == {"Tit": 1, "Wren": 2}
+    assert of_each(BANK, 100) == {"Tit": 100, "Wren": 100}
+    assert not of_each(one_wren, 0)
+
+
+def test_an_image_is_the_same_whatever_the_balance_of_the_classes():
+    def of_wren(bank):
+        images = plan(TASK, bank, source="none", images_per_class=5, seed=0)
+        return [image for image in images if image.class_name == "Wren"]
+
+    assert of_wren(BANK[1:])[:5] == of_wren(BANK)
+    assert len(of_wren(BANK[1:])) == 6
+
+
+def test_a_class_name_that_no_folder_can_have_gets_a_folder_of_its_own():
+    names = ("../x", "F/A-18", "F_A-18")
+    bank = [Entry(name, name, SKY) for name in names]
+    images = plan(Task("aircraft", names), bank, source="bank", images_per_class=1, seed=0)
+    folders = {Path(image.file).parent for image in images}
+    assert len(folders) == 3
+    assert {folder.parent for folder in folders} == {Path("images")}
+    assert images[1].prompt.startswith("a aircraft photo of a F/A-18 in the")
 
 
 def test_no_images_need_no_contexts(tmp_path):

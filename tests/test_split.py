@@ -1,6 +1,7 @@
 """Reading a user's folder, and drawing shots from it."""
 
 import shutil
+from collections import Counter
 
 import pytest
 from PIL import Image
@@ -8,6 +9,7 @@ from PIL import Image
 from bob import split
 from bob.data import read_photos, read_task
 from bob.errors import BobError
+from bob.naming import class_name_of, folder_of
 from bob.params import Params
 from tests.builders import build_photos
 
@@ -32,6 +34,7 @@ def draw(**changed):
     values = {
         "name": "mine",
         "shots": 3,
+        "imbalance": 1,
         "seed": 0,
         "val_per_class": 2,
         "test_fraction": 0.25,
@@ -111,6 +114,82 @@ def test_all_shots_leave_no_validation_and_say_so(workspace, capsys):
     assert not val
     assert len(train) + len(test) == 17
     assert "keep the last epoch" in capsys.readouterr().err
+
+
+def test_a_long_tail_decays_exponentially_from_the_shots_and_keeps_at_least_one():
+    available = dict.fromkeys("abcde", 100)
+    counts = split.shots_by_class(available, 81, 81, seed=0)
+    assert sorted(counts.values(), reverse=True) == [81, 27, 9, 3, 1]  # 81 * 81^(-i/4)
+    counts = split.shots_by_class(available, 10, 100, seed=0)
+    assert sorted(counts.values(), reverse=True) == [10, 3, 1, 1, 1]
+
+
+def test_which_classes_are_rare_follows_from_the_seed_and_the_names_alone():
+    available = dict.fromkeys("abcde", 100)
+    by_seed = [split.shots_by_class(available, 10, 10, seed) for seed in range(20)]
+    assert {max(counts, key=lambda name: counts[name]) for counts in by_seed} == set("abcde")
+    others = {"e": 99, "c": 12, "a": 40, "d": 11, "b": 10}
+    assert split.shots_by_class(others, 10, 10, 3) == by_seed[3]
+
+
+def test_all_shots_have_a_long_tail_from_what_the_smallest_class_has():
+    available = {"a": 30, "b": 16, "c": 200}
+    assert split.shots_by_class(available, "all", 1, seed=0) == available
+    assert sorted(split.shots_by_class(available, "all", 16, seed=0).values()) == [1, 4, 16]
+
+
+@pytest.mark.parametrize("shots", [8, "all"])
+@pytest.mark.parametrize("parts", [None, ["train", "val", "test"]])
+def test_a_long_tail_is_part_of_the_balanced_split_with_its_validation_and_test(
+    workspace, shots, parts
+):
+    dataset(workspace, {"A": 20, "B": 20, "C": 20}, parts)
+    balanced, *held_out = draw(shots=shots)
+    shutil.rmtree(split.SPLIT)
+    long_tailed, *still_held_out = draw(shots=shots, imbalance=4)
+    assert long_tailed < balanced
+    assert still_held_out == held_out
+    counts = Counter(photo.class_name for photo in read_photos(split.TRAIN))
+    most = {8: 8, "all": 20 if parts else 15}[shots]
+    assert sorted(counts.values()) == [round(most / 4), round(most / 2), most]
+
+
+def test_dataset_yaml_can_name_a_class_otherwise_than_its_folder(workspace):
+    folder = dataset(workspace, {"F%2FA-18": 8, "747": 8, "Tu-134": 8}, parts=["train", "test"])
+    (folder / "dataset.yaml").write_text(
+        "descriptor: aircraft\nclasses:\n  F%2FA-18: F/A-18\n  747: Boeing  747_8\n"
+    )
+    train, *_ = draw()
+    assert read_task().classes == ("Boeing 747_8", "F/A-18", "Tu-134")
+    assert {photo.class_name for photo in read_photos(split.TEST)} == set(read_task().classes)
+    assert {path.split("/")[0] for path in train} == {"F%2FA-18", "747", "Tu-134"}
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("{Anna: Anna's}", "dataset.yaml: classes names the folder 'Anna', which is not there"),
+        (
+            "{Anna_Hummingbird: Rufous Hummingbird}",
+            "two folders spell the class 'Rufous Hummingbird'",
+        ),
+        ("{Anna_Hummingbird: 3}", "classes.Anna_Hummingbird is 3; allowed: the class's name"),
+        ("{Anna_Hummingbird: ' '}", 'classes.Anna_Hummingbird is " "; allowed: the class'),
+        ("[Anna]", 'classes is ["Anna"]; allowed: a mapping of folders to class names'),
+    ],
+)
+def test_a_mistake_in_the_names_is_told(workspace, classes, message):
+    folder = dataset(workspace)
+    (folder / "dataset.yaml").write_text(f"descriptor: bird\nclasses: {classes}\n")
+    assert message in told()
+
+
+def test_every_class_has_a_folder_of_its_own_that_spells_it_where_a_folder_can():
+    names = ["Anna Hummingbird", "Anna_Hummingbird", "F/A-18", "F%2FA-18", "F A-18", "..", "."]
+    folders = [folder_of(name) for name in names]
+    assert len(set(folders)) == len(names)
+    assert not any("/" in folder or folder.startswith(".") for folder in folders)
+    assert folders[0] == "Anna_Hummingbird" and class_name_of(folders[0]) == names[0]
 
 
 def test_the_same_split_is_the_same_bytes(workspace):

@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from bob.audit import kernel_inception_distance
 from bob.caption import ATTRIBUTES, QUESTION
-from bob.captioner import Captioner
+from bob.captioner import open_captioner
 from bob.data import batches
 from bob.draw import (
     BACKGROUNDS,
     CONTEXTS,
     DESCRIPTOR,
     POSES,
+    SIZE,
     TASK,
     Variant,
     corpus_variants,
@@ -157,7 +158,7 @@ def obedience(
 
 def answer(folder: Path, images: list[Image.Image], attribute: str) -> list[str]:
     """What the captioner in `folder` says of each image when asked for `attribute`."""
-    captioner = Captioner(folder, "fp32", BATCH)
+    captioner = open_captioner(folder, precision="fp32", batch_size=BATCH, image_side=SIZE)
     question = QUESTION.format(attribute=attribute, descriptor=DESCRIPTOR)
     return [said for batch in batches(images, BATCH) for said in captioner.answer(batch, question)]
 

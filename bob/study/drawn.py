@@ -19,12 +19,14 @@ from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from bob import params
-from bob.data import read_task
+from bob.data import read_photos, read_task
 from bob.draw import CONTEXTS, DESCRIPTOR, TASK, draw
 from bob.errors import BobError
 from bob.files import read_json, replacing
-from bob.layout import ACCURACY_METRICS, GENERATE, GENERATED
+from bob.generate import images_by_class
+from bob.layout import ACCURACY_METRICS, GENERATE, GENERATED, TRAIN
 from bob.manifest import Generated, write_manifest
+from bob.naming import folder_of
 from bob.prompts import Context, prompt
 
 # Pictures of its own: training follows data.seed, validation and test have 1,000,001 and 1,000,002.
@@ -85,13 +87,15 @@ def run_module(module: str, folder: Path) -> None:
 def write_drawn_set(images_per_class: int, seed: int) -> None:
     """Write `results/generate` as the stage does: every class in all contexts equally often."""
     variants = {variant.name: variant for variant in TASK}
+    real = (photo.class_name for photo in read_photos(TRAIN))
+    counts = images_by_class(read_task().classes, real, images_per_class)
     images = []
     with replacing(GENERATE) as folder:
-        for class_name in read_task().classes:
-            contexts = itertools.islice(itertools.cycle(CONTEXTS), images_per_class)
+        for class_name, count in counts.items():
+            contexts = itertools.islice(itertools.cycle(CONTEXTS), count)
             for number, (background, pose) in enumerate(contexts):
                 context = Context(background, pose)
-                file = f"images/{class_name.replace(' ', '_')}/{number:04d}.png"
+                file = f"images/{folder_of(class_name)}/{number:04d}.png"
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 picture = draw(variants[class_name], background, pose, number, seed)
                 picture.save(folder / file)
