@@ -8,6 +8,7 @@ the right class, of the right family, and of the right class when only its famil
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bob import draw
-from bob.classifiers import load_backbone
+from bob.classifiers import load_timm
 from bob.data import open_image
 from bob.layout import GENERATE
 from bob.manifest import read_manifest
@@ -39,7 +40,7 @@ def pictures(indices: range, seed: int) -> tuple[Tensor, Tensor]:
 def train_judge(images: Tensor, labels: Tensor, steps: int) -> nn.Module:
     """The backbone, fine-tuned; half of the batches are softened, as generated images are soft."""
     torch.manual_seed(0)
-    judge = load_backbone("models/miniature-backbone", len(draw.TASK)).train()
+    judge = load_timm(Path("models/miniature-backbone"), len(draw.TASK)).train()
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=5e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 
 from bob import diffusion
 from bob.caption import ATTRIBUTES, accepted_answers, cached_ask
-from bob.classifiers import Preprocessing, load_backbone, read_inputs
+from bob.classifiers import Backbone, open_backbone, read_inputs
 from bob.data import Photo, Task, batches, open_image, read_photos, read_task
 from bob.device import best_device
 from bob.files import replacing, sha256, write_json
@@ -70,9 +70,12 @@ def run(params: Params) -> None:
     if prompted:
         metrics["obedience"] = context_obedience(prompted, clusters)
     if generated:
-        network = load_backbone(params.audit.feature_model, 0).eval().to(device)
-        real = _features(network, [photo.path for photo in photos + val])
-        synthetic = _features(network, [GENERATE / image.file for image in generated])
+        backbone = open_backbone(params.audit.feature_model)
+        real, synthetic = _features(
+            backbone,
+            [photo.path for photo in photos + val],
+            [GENERATE / image.file for image in generated],
+        )
         metrics["diversity"] = {
             "real": diversity(real[: len(photos)], [photo.class_name for photo in photos]),
             "generated": diversity(synthetic, [image.class_name for image in generated]),
@@ -247,14 +250,19 @@ def _subset_size(real: np.ndarray, generated: np.ndarray) -> int:
 
 
 @torch.inference_mode()
-def _features(network: torch.nn.Module, paths: Sequence[str | Path]) -> np.ndarray:
-    """Pooled features, (n, d) float64."""
-    device = next(network.parameters()).device
-    features = [
-        network(batch.to(device)).double().cpu()
-        for batch in read_inputs(paths, Preprocessing.of(network))
+def _features(backbone: Backbone, *sets: Sequence[str | Path]) -> list[np.ndarray]:
+    """Pooled features of each set of images, (n, d) float64."""
+    device = best_device()
+    network = backbone.features().eval().to(device)
+    return [
+        torch.cat(
+            [
+                network(batch.to(device)).double().cpu()
+                for batch in read_inputs(paths, backbone.preprocessing)
+            ]
+        ).numpy()
+        for paths in sets
     ]
-    return torch.cat(features).numpy()
 
 
 def write_contact_sheets(

@@ -22,10 +22,8 @@ from bob.classifiers import (
     REAL_AND_SYNTHETIC,
     REAL_ONLY,
     VARIANTS,
-    Preprocessing,
     Trained,
-    describe_network,
-    load_backbone,
+    open_backbone,
     read_history,
     weights_path,
     write_trained,
@@ -53,16 +51,16 @@ def run(params: Params) -> None:
     if not synthetic:
         click.echo(f"no synthetic images: {REAL_AND_SYNTHETIC} is {REAL_ONLY}")
 
-    backbone = Path(settings.backbone)
-    network = load_backbone(backbone, len(task.classes))
+    backbone = open_backbone(settings.backbone)
     trainer = Trainer(
         backbone,
-        len(task.classes),
+        task,
         Recipe(**{field.name: getattr(settings, field.name) for field in fields(Recipe)}),
         real=real,
         synthetic=synthetic,
         validation=validation,
     )
+    network = trainer.description  # a backbone that is unfit shows before anything is trained
     planned = [(variant, seed) for seed in settings.seeds for variant in VARIANTS]
 
     def make(numbers: list[int]) -> list[bytes]:
@@ -73,9 +71,9 @@ def run(params: Params) -> None:
 
     with ItemCache("classify") as cache:
         common = {
-            "backbone": cache.content_hash(backbone),
-            "code": code_hash(training.MADE_BY),
-            "versions": versions(training.LIBRARIES),
+            "backbone": cache.content_hash(Path(settings.backbone)),
+            "code": code_hash((*training.MADE_BY, *backbone.modules)),
+            "versions": versions((*training.LIBRARIES, *backbone.libraries)),
         }
         keys = [
             item_key(**common, **trainer.settings(variant == REAL_AND_SYNTHETIC), seed=seed)
@@ -92,8 +90,8 @@ def run(params: Params) -> None:
             trained = Trained(
                 descriptor=task.descriptor,
                 classes=task.classes,
-                network=describe_network(network),
-                preprocessing=Preprocessing.of(network),
+                network=network,
+                preprocessing=backbone.preprocessing,
                 seeds=tuple(settings.seeds),
                 validation={
                     variant: {

@@ -5,33 +5,35 @@ arXiv 2510.24078).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data.transforms import str_to_interp_mode
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 from bob.classifiers import (
+    Backbone,
     Preprocessing,
-    describe_network,
-    load_backbone,
     normalise,
     predict,
     read_pixels,
     weights_file,
 )
-from bob.data import open_image
+from bob.data import Task, open_image
 from bob.device import autocast, best_device, dtype_name, resolve_precision
 from bob.errors import BobError
 from bob.items import item_key
 
-# Named in a classifier's key in the item cache: the modules that train it, and what they stand on.
+# Named in a classifier's key in the item cache: the modules that train it, and what they stand on;
+# those of the backbone's kind come on top.
 MADE_BY = ("classifiers", "data", "device", "training")
 LIBRARIES = ("pillow", "timm", "torch", "torchvision")
 
@@ -52,10 +54,12 @@ val_top1 (percent) and val_loss."""
 class Recipe:
     """The training settings; `params.yaml` says what they mean."""
 
+    lora_rank: int
     real_weight: float
     mix: str
     mix_probability: float
     learning_rate: float
+    layer_decay: float
     weight_decay: float
     warmup_epochs: int
     epochs: int
@@ -84,21 +88,21 @@ class Labelled:
 class Trainer:
     """Trains classifiers on the same real photos, with synthetic images or without.
 
-    The backbone and the images are read when the first one is trained. `synthetic` and `validation`
+    Weights and images are read when the first one is trained. `synthetic` and `validation`
     may be empty; without synthetic images, training with them is training without.
     """
 
     def __init__(
         self,
-        backbone: Path,
-        classes: int,
+        backbone: Backbone,
+        task: Task,
         recipe: Recipe,
         *,
         real: Labelled,
         synthetic: Labelled,
         validation: Labelled,
     ) -> None:
-        self._backbone, self._classes, self._recipe = backbone, classes, recipe
+        self._backbone, self._task, self._recipe = backbone, task, recipe
         self._real, self._synthetic, self._validation = real, synthetic, validation
         self._device = best_device()
         self._dtype = training_dtype(recipe.precision, self._device)
@@ -107,8 +111,9 @@ class Trainer:
         """What decides a classifier besides backbone, seed and code."""
         settings: dict[str, object] = {
             **asdict(self._recipe),
+            **self._backbone.decided_by(self._task),
             "precision": dtype_name(self._dtype),
-            "classes": self._classes,
+            "classes": len(self._task.classes),
             "real": self._real.content,
             "validation": self._validation.content,
         }
@@ -118,36 +123,49 @@ class Trainer:
         return settings
 
     @cached_property
-    def _preprocessing(self) -> Preprocessing:
-        return Preprocessing.of(load_backbone(self._backbone, self._classes))
+    def description(self) -> dict[str, Any]:
+        """What rebuilds the classifiers' network; raises BobError where the backbone is unfit."""
+        return self._backbone.describe(self._backbone.classifier(self._trainable()))
+
+    def _trainable(self) -> nn.Module:
+        return self._backbone.trainable(self._task, self._recipe.lora_rank)
 
     @cached_property
     def _real_images(self) -> "TrainingImages":
-        return TrainingImages(self._real, self._classes, self._preprocessing)
+        return self._images(self._real)
 
     @cached_property
     def _synthetic_images(self) -> "TrainingImages":
-        return TrainingImages(self._synthetic, self._classes, self._preprocessing)
+        return self._images(self._synthetic)
+
+    def _images(self, images: Labelled) -> "TrainingImages":
+        return TrainingImages(images, len(self._task.classes), self._backbone.preprocessing)
 
     @cached_property
     def _validation_images(self) -> "Validation | None":
-        return Validation.read(self._validation, self._preprocessing) if self._validation else None
+        if not self._validation:
+            return None
+        return Validation.read(self._validation, self._backbone.preprocessing)
 
     def make(self, with_synthetic: bool, seed: int, title: str) -> bytes:
         """Train one classifier and return its file; `title` is for the progress bar."""
-        torch.manual_seed(seed)  # the head's weights, dropout
-        model = load_backbone(self._backbone, self._classes)
+        description = self.description
+        real, validation = self._real_images, self._validation_images
+        synthetic = self._synthetic_images if with_synthetic and self._synthetic else None
+        # For a head or a LoRA, and dropout; after what only the first classifier has to read.
+        torch.manual_seed(seed)
         weights, result, curves = train(
-            model,
-            self._real_images,
-            self._synthetic_images if with_synthetic and self._synthetic else None,
-            self._validation_images,
+            self._trainable(),
+            self._backbone.classifier,
+            real,
+            synthetic,
+            validation,
             self._recipe,
             seed,
             self._device,
             title,
         )
-        return weights_file(weights, describe_network(model), {"result": result, "curves": curves})
+        return weights_file(weights, description, {"result": result, "curves": curves})
 
 
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -255,6 +273,7 @@ class Validation:
 
 def train(
     model: nn.Module,
+    classifier: Callable[[nn.Module], nn.Module],
     real: TrainingImages,
     synthetic: TrainingImages | None,
     validation: Validation | None,
@@ -265,15 +284,18 @@ def train(
 ) -> tuple[dict[str, Tensor], Result, Curves]:
     """Train `model`; returns the kept epoch's weights (CPU), its validation result and the curves.
 
-    The epoch kept is the one with the best top-1 on validation, between equals the one with the
-    lower validation loss, then the earlier; without validation photos it is the last. Long runs are
+    Weights and result are those of `classifier(model)`, the classifier that it has become. The
+    epoch kept is the one with the best top-1 on validation, between equals the one with the lower
+    validation loss, then the earlier; without validation photos it is the last. Long runs are
     validated `VALIDATIONS` times at even distances, not after every epoch.
     """
     dtype = training_dtype(recipe.precision, device)
     model.to(device).to(memory_format=torch.channels_last)
     torch.backends.cudnn.deterministic = True
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        parameter_groups(model, recipe.layer_decay, recipe.weight_decay),
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -311,8 +333,9 @@ def train(
                 logits.float(), targets.to(device), len(chosen), recipe.real_weight
             )
 
+            rate = learning_rate(step, steps, warmup, recipe.learning_rate)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, warmup, recipe.learning_rate)
+                group["lr"] = rate * group.get("lr_scale", 1.0)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -327,14 +350,15 @@ def train(
             )
         last = epoch + 1 == recipe.epochs
         if validation and (last or (epoch + 1) % validate_every == 0):
-            row["val_top1"], row["val_loss"] = validation.measure(model, device)
+            candidate = classifier(model)
+            row["val_top1"], row["val_loss"] = validation.measure(candidate, device)
             score = (row["val_top1"], -row["val_loss"])
             if not weights or score > best:
-                best, weights = score, _copy_of_weights(model)
+                best, weights = score, _copy_of_weights(candidate)
                 result = {"epoch": epoch, "top1": row["val_top1"], "loss": row["val_loss"]}
         curves.append(row)
     if not validation:
-        weights = _copy_of_weights(model)
+        weights = _copy_of_weights(classifier(model))
         result = {"epoch": recipe.epochs - 1, "top1": None, "loss": None}
     return weights, result, curves
 
@@ -393,6 +417,31 @@ def weighted_loss(logits: Tensor, targets: Tensor, real: int, real_weight: float
         return real_loss
     synthetic_loss = F.cross_entropy(logits[real:], targets[real:])
     return real_weight * real_loss + (1 - real_weight) * synthetic_loss
+
+
+def parameter_groups(
+    model: nn.Module, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """What of `model` is trained, as AdamW takes it: in one group, or in groups by depth.
+
+    With a `layer_decay` below 1 the learning rate of a layer is multiplied by it once for every
+    layer between it and the head (BEiT, arXiv 2106.08254), as timm counts layers: the group's
+    `lr_scale`. Then timm's convention also decides what has no weight decay: biases, norms and what
+    else the network names (position embeddings). At 1 all weights decay.
+
+    Raises BobError for a network whose layers timm cannot count.
+    """
+    if layer_decay == 1:
+        return [{"params": [weight for weight in model.parameters() if weight.requires_grad]}]
+    if not hasattr(model, "group_matcher"):
+        raise BobError(
+            f"classify.layer_decay is {layer_decay}, which is for timm's networks that say which "
+            f"layer a weight is of, and {type(model).__name__} does not; set it to 1"
+        )
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
+    return param_groups_layer_decay(
+        model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay
+    )
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:

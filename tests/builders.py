@@ -14,6 +14,9 @@ from diffusers import (
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
@@ -103,6 +106,33 @@ def build_clip_tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def build_clip(folder: Path) -> Path:
+    """A CLIP of 32 px with its tokenizer and image processor, as a folder of the Hub has them."""
+    torch.manual_seed(0)
+    tokenizer = build_clip_tokenizer(folder.parent / f"{folder.name}-tokenizer")
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+    config = CLIPConfig(
+        vision_config={**tower, "image_size": 32, "patch_size": 8},
+        text_config={
+            **tower,
+            **ids,
+            "vocab_size": len(tokenizer),
+            "pad_token_id": ids["eos_token_id"],
+        },
+        projection_dim=24,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 36}, crop_size=32).save_pretrained(folder)
+    return folder
 
 
 # As in the repositories of Qwen2.5-VL, but for its branch for videos.

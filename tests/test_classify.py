@@ -13,13 +13,20 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from bob import classifiers, classify, layout, training
-from bob.classifiers import Preprocessing, load_backbone, load_classifier, read_trained
+from bob.classifiers import Preprocessing, load_classifier, load_timm, open_backbone, read_trained
 from bob.data import read_photos, read_task, write_photos
 from bob.errors import BobError
 from bob.files import write_jsonl
 from bob.items import read_items
 from bob.manifest import Generated, read_manifest, write_manifest
-from bob.training import Recipe, Validation, learning_rate, mixed, weighted_loss
+from bob.training import (
+    Recipe,
+    Validation,
+    learning_rate,
+    mixed,
+    parameter_groups,
+    weighted_loss,
+)
 from tests.tiny_project import (
     RECIPE,
     add_generated,
@@ -86,6 +93,47 @@ def test_the_learning_rate_rises_linearly_then_falls_as_a_cosine_to_almost_nothi
     assert rates[10] == 1.0
     assert rates[510] == pytest.approx(0.5, abs=1e-6)
     assert 1e-8 < rates[-1] < 1e-5
+
+
+def layer_scales(architecture: str) -> tuple[dict[str, float], set[str]]:
+    """Each weight's share of the learning rate at a layer decay of 0.5, and those that decay."""
+    model = timm.create_model(architecture, num_classes=3)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    groups = parameter_groups(model, 0.5, weight_decay=0.1)
+    listed = [(names[id(weight)], group) for group in groups for weight in group["params"]]
+    assert sorted(name for name, _ in listed) == sorted(names.values()), "each weight once"
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    decaying = {name for name, group in listed if group["weight_decay"]}
+    return {name: group["lr_scale"] for name, group in listed}, decaying
+
+
+def test_layer_decay_halves_the_rate_of_every_layer_of_a_vision_transformer() -> None:
+    scales, decaying = layer_scales("test_vit")  # of six blocks
+    assert scales["head.weight"] == scales["head.bias"] == 1
+    for block in range(6):
+        assert scales[f"blocks.{block}.attn.qkv.weight"] == 0.5 ** (6 - block)
+    assert scales["norm.weight"] == 0.5, "belongs to the last block"
+    assert scales["patch_embed.proj.weight"] == scales["pos_embed"] == 0.5**7
+    assert {"head.weight", "blocks.0.mlp.fc1.weight"} < decaying
+    assert not [name for name in decaying if "bias" in name or "norm" in name]
+    assert not decaying & {"pos_embed", "cls_token"}
+
+
+def test_layer_decay_halves_the_rate_of_every_block_of_a_resnet() -> None:
+    scales, decaying = layer_scales("test_resnet")  # of four blocks
+    assert scales["fc.weight"] == 1
+    for block in range(4):
+        assert scales[f"layer{block + 1}.0.conv1.weight"] == 0.5 ** (4 - block)
+    assert scales["conv1.0.weight"] == 0.5**5
+    assert "fc.weight" in decaying
+    assert "layer1.0.bn1.weight" not in decaying
+
+
+def test_without_layer_decay_all_weights_are_one_group_in_the_networks_order() -> None:
+    model = timm.create_model("test_vit", num_classes=3)
+    (group,) = parameter_groups(model, 1, weight_decay=0.1)
+    assert set(group) == {"params"}
+    assert list(map(id, group["params"])) == list(map(id, model.parameters()))
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -252,6 +300,35 @@ def test_a_vision_transformer_with_its_own_input_size_trains_and_is_rebuilt(proj
     load_classifier(trained, "real_only", 0)
 
 
+def test_layer_decay_holds_back_the_layers_far_from_the_head(project: Path) -> None:
+    before = timm.create_model("local-dir:models/tiny", pretrained=True).state_dict()
+
+    def change(layer_decay: float) -> float:
+        classify.run(classify_params(layer_decay=layer_decay, epochs=2, seeds=[0]))
+        model = load_classifier(read_trained(), "real_only", 0)
+        return float((model.state_dict()["conv_stem.weight"] - before["conv_stem.weight"]).norm())
+
+    assert 0 < change(0.1) < 1e-3 * change(1)
+
+
+def test_a_classifier_does_not_depend_on_those_trained_before_it(project: Path) -> None:
+    """With dropout, which draws from the one generator of the process."""
+    timm.models.save_for_hf(
+        timm.create_model("test_vit", img_size=32),
+        "models/vit",
+        model_args={"drop_rate": 0.5, "img_size": 32},
+        safe_serialization=True,
+        data_config={"input_size": (3, 32, 32)},
+    )
+    settings = {"backbone": "models/vit", "epochs": 1}
+    classify.run(classify_params(**settings, seeds=[0, 1]))
+    name = "real_only/seed-1.safetensors"
+    third = tree(layout.CLASSIFY)[name]
+    forget_items()
+    classify.run(classify_params(**settings, seeds=[1]))
+    assert tree(layout.CLASSIFY)[name] == third
+
+
 # --- what was trained before ---------------------------------------------------------------------
 
 
@@ -267,6 +344,7 @@ def test_only_the_classifiers_that_a_change_concerns_are_trained(
     assert reused_and_made(capfd) == "(0 reused, 4 made)"
     first = tree(layout.CLASSIFY)
     assert reused_and_made(capfd, real_weight=0.3) == "(2 reused, 2 made)"  # not real_only
+    assert reused_and_made(capfd, layer_decay=0.5) == "(0 reused, 4 made)"
     assert reused_and_made(capfd, seeds=[1, 2, 0]) == "(4 reused, 2 made)"
     add_generated(project, 3)
     assert reused_and_made(capfd) == "(2 reused, 2 made)"
@@ -321,13 +399,21 @@ def test_a_backbone_with_as_many_classes_as_the_task_still_gets_a_new_head(proje
         safe_serialization=True,
     )
     torch.manual_seed(0)
-    one = load_backbone("models/three", 3)
+    one = load_timm(Path("models/three"), 3)
     torch.manual_seed(1)
-    other = load_backbone("models/three", 3)
+    other = load_timm(Path("models/three"), 3)
     assert not torch.equal(
         one.state_dict()["classifier.weight"], other.state_dict()["classifier.weight"]
     )
-    assert load_backbone("models/three", 0)(torch.zeros(2, 3, 32, 32)).ndim == 2
+    assert load_timm(Path("models/three"), 0)(torch.zeros(2, 3, 32, 32)).ndim == 2
+
+
+def test_a_backbone_without_a_head_as_maes_is_gets_one(project: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=0)
+    timm.models.save_for_hf(model, "models/mae", safe_serialization=True)
+    network = load_timm(Path("models/mae"), 3)
+    assert network(torch.zeros(2, 3, 160, 160)).shape == (2, 3)
+    assert torch.equal(network.state_dict()["pos_embed"], model.state_dict()["pos_embed"])
 
 
 def test_a_broken_backbone_folder_is_one_line_that_names_it(project: Path) -> None:
@@ -337,7 +423,7 @@ def test_a_broken_backbone_folder_is_one_line_that_names_it(project: Path) -> No
 
     def message() -> str:
         with pytest.raises(BobError) as error:
-            load_backbone("models/tiny", 3)
+            open_backbone("models/tiny").features()
         assert "models/tiny" in str(error.value)
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -348,7 +434,9 @@ def test_a_broken_backbone_folder_is_one_line_that_names_it(project: Path) -> No
     assert "cannot be loaded" in message()
     weights.write_bytes(whole)
     config.write_text("{")
-    assert "cannot be loaded" in message()
+    assert "config.json: not JSON" in message()
+    config.write_text('{"model_type": "vit"}')
+    assert "neither a timm nor a CLIP model folder: its config.json has no" in message()
     config.write_text(json.dumps({**json.loads(settings), "architecture": "no_such_network"}))
     assert "no_such_network" in message()
     weights.unlink()

@@ -12,10 +12,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import timm
 import torch
 
 from bob import benchmark, classify, export, layout
-from bob.classifiers import load_classifier, predict, read_inputs, read_trained
+from bob.classifiers import (
+    Preprocessing,
+    Trained,
+    build_network,
+    load_classifier,
+    predict,
+    read_inputs,
+    read_trained,
+)
 from bob.data import read_photos
 from bob.errors import BobError
 from bob.files import read_json
@@ -134,6 +143,32 @@ def test_a_model_over_the_limit_of_one_file_is_refused_before_the_export(
     monkeypatch.setattr(export, "MAX_BYTES", 1000)
     with pytest.raises(BobError, match="smaller network"):
         export.run(NO_PARAMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "millions"),
+    [("resnet50", 23.7), ("vit_base_patch16_224", 85.9), ("clip", 86.2)],
+)
+def test_the_papers_networks_survive_the_export_at_their_size(
+    tmp_path: Path, network: str, millions: float
+) -> None:
+    torch.manual_seed(0)
+    if network == "clip":
+        description = {"architecture": "clip", "vision_config": {"patch_size": 16}, "classes": 100}
+        model: Any = build_network(description)
+        with torch.no_grad():  # as long as CLIP's class vectors, whose scale is 100
+            model.classes.weight.copy_(100 * torch.nn.functional.normalize(torch.randn(100, 512)))
+    else:
+        model = timm.create_model(network, num_classes=100)
+    names = tuple(f"class {number}" for number in range(100))
+    preprocessing = Preprocessing((224, 224), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+    path = tmp_path / "classifier.onnx"
+    export.write_onnx(model, Trained("bird", names, {}, preprocessing, (0,), {}), path)
+    assert export.check_onnx(path, model, torch.randn(2, 3, 224, 224)) < 1e-4
+    parameters = sum(weight.numel() for weight in model.parameters())
+    assert round(parameters / 1e6, 1) == millions
+    assert path.stat().st_size == pytest.approx(4 * parameters, rel=0.01)
 
 
 def test_the_benchmark_records_accuracy_timings_and_what_they_were_taken_on(

@@ -23,6 +23,19 @@ REPOSITORIES = {
         "tokenizer/merges.txt": b"a b",
     },
     "org/plain": {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"p"},
+    "org/clip": {
+        "config.json": b'{"model_type": "clip"}',
+        "flax_model.msgpack": b"weights again",
+        "merges.txt": b"a b",
+        "model.safetensors": b"weights",
+        "preprocessor_config.json": b"{}",
+        "pytorch_model.bin": b"pickle",
+        "special_tokens_map.json": b"{}",
+        "tf_model.h5": b"weights again",
+        "tokenizer.json": b"{}",
+        "tokenizer_config.json": b"{}",
+        "vocab.json": b"{}",
+    },
     "org/pickled": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
 }
 
@@ -126,6 +139,15 @@ def test_a_pipeline_comes_without_pickles_and_second_copies_and_is_tracked(hub, 
 def test_a_single_model_keeps_its_weights_at_the_top(hub, project):
     assert fetch(hub, f"org/plain@{COMMIT}", "models/plain").returncode == 0
     assert listing(Path("models/plain")) == {"config.json", "model.safetensors"}
+
+
+def test_a_clip_comes_with_its_tokenizer_and_preprocessing_and_once(hub, project):
+    assert fetch(hub, f"org/clip@{COMMIT}", "models/clip").returncode == 0
+    assert listing(Path("models/clip")) == {
+        *("config.json", "model.safetensors", "preprocessor_config.json"),
+        *("merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
+        "vocab.json",
+    }
 
 
 @pytest.mark.parametrize(

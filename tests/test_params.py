@@ -53,6 +53,7 @@ def told():
         ("generate", "context", "mine.jsonl", "bank, class, none or a file data/contexts/<name>"),
         ("generate", "sampler", "dpm", 'generate.sampler is "dpm"; allowed: dpmsolver++, ddim'),
         ("classify", "real_weight", 1.1, "allowed: a number from 0 to 1"),
+        ("classify", "layer_decay", 0, "allowed: a number above 0 to 1"),
         ("classify", "seeds", [], "classify.seeds is []; allowed: a list of at least 1"),
         ("benchmark", "batch_sizes", [0], "benchmark.batch_sizes.0 is 0; allowed: a whole number"),
     ],

@@ -8,11 +8,10 @@ from statistics import fmean
 import pytest
 from ruamel.yaml import YAML
 
-from bob import params
 from bob import study as studies
 from bob.errors import BobError
 from bob.params import read_yaml
-from bob.study import page, plan, queue, settings
+from bob.study import page, plan, queue
 from bob.study.results import Row, value
 from tests.conftest import ROOT
 from tests.dvc_project import make_project, run
@@ -304,26 +303,11 @@ def test_where_a_run_is_missing_there_is_a_dash_and_no_mean(project):
 # --- the paper's tables ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def full_size(monkeypatch):
-    """The project, its schema with the keys of full size that it may still lack."""
-    monkeypatch.chdir(ROOT)
-    schema = params.schema()
-    for key in (
-        "caption.image_side",
-        "classify.lora_rank",
-        "classify.layer_decay",
-        "data.imbalance",
-    ):
-        section, name = key.split(".")
-        schema["properties"][section]["properties"].setdefault(name, {"type": "number"})
-    monkeypatch.setattr(settings, "schema", lambda: schema)
-
-
 @pytest.mark.parametrize(("name", "runs"), TABLES.items())
 def test_a_table_of_the_paper_can_be_planned_and_its_page_written(
-    full_size, tmp_path, monkeypatch, name, runs
+    tmp_path, monkeypatch, name, runs
 ):
+    monkeypatch.chdir(ROOT)
     study = plan.read_study(Path(f"experiments/{name}.yaml"))  # checks every override
     planned = study.runs()
     assert len(planned) == runs

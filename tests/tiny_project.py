@@ -19,10 +19,12 @@ from bob.params import Params
 CLASSES = ("Blue Disc", "Green Bar", "Red Square")
 RECIPE: dict[str, Any] = {
     "backbone": "models/tiny",
+    "lora_rank": 0,
     "real_weight": 0.5,
     "mix": "cutmix",
     "mix_probability": 0.5,
     "learning_rate": 3e-3,
+    "layer_decay": 1.0,
     "weight_decay": 1e-2,
     "warmup_epochs": 1,
     "epochs": 3,
