@@ -4,6 +4,7 @@ The queue and the experiments are DVC's, so `dvc queue status`, `dvc queue logs`
 `dvc exp apply` see every run, and what runs share is taken from DVC's caches.
 """
 
+import hashlib
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import click
 import dvc.api
+import psutil
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from scmrepo.exceptions import SCMError
@@ -88,11 +90,25 @@ def _fill(repo: Any, left: Mapping[str, Run]) -> None:
 
 def _bury(queue: Any) -> None:
     """End what stands as running although no worker is there any more: it was killed."""
-    if queue.worker_status():
+    if _has_worker(queue):
         return
     dead = [name for name, state in _status(queue).items() if state == "Running"]
     if dead:
         queue.kill(dead, force=True)
+
+
+def _has_worker(queue: Any) -> bool:
+    """Whether a worker of this repository's queue is there.
+
+    Seen by its process: `queue.worker_status()` gives a worker one second to answer, and on a busy
+    machine it takes longer.
+    """
+    name = f"dvc-exp-{hashlib.sha256(queue.wdir.encode()).hexdigest()[:6]}-"  # as DVC makes it
+    commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    return any(
+        "queue-worker" in command and any(word.startswith(name) for word in command)
+        for command in commands
+    )
 
 
 def _follow(left: dict[str, Run], keep: Callable[[Measured], None]) -> list[str]:
@@ -103,7 +119,7 @@ def _follow(left: dict[str, Run], keep: Callable[[Measured], None]) -> list[str]
         # Opened anew: a repository that stays open does not see the references that others add.
         with Repo() as repo:
             queue = repo.experiments.celery_queue
-            status, working = _status(queue), bool(queue.worker_status())
+            status, working = _status(queue), _has_worker(queue)
         keep(_finished(left))
         if not any(status.get(name) in ("Queued", "Running") for name in left):
             break
