@@ -63,18 +63,14 @@ def cached_ask(cache: ItemCache, settings: Any, items: list[Item] | None = None)
     """
     folder = Path(settings.model)
     model = captioner.Captioner(folder, settings.precision, settings.batch_size)
-    common = model.settings | {
-        "model": cache.content_hash(folder),
-        "code": code_hash(captioner.MADE_BY),
-        "versions": versions(captioner.LIBRARIES),
-    }
+    keys_of = answer_keys(cache, folder, model)
 
     def ask(photos: Sequence[Photo], question: str) -> list[str]:
         def make(numbers: list[int]) -> list[bytes]:
             answers = model.ask([photos[number] for number in numbers], question)
             return [answer.encode() for answer in answers]
 
-        keys = [item_key(**common, photo=photo.sha256, question=question) for photo in photos]
+        keys = keys_of(photos, question)
         oids = cache.take(keys, make, settings.batch_size, "captioning")
         answers = [cache.read(oid).decode() for oid in oids]
         if items is not None:
@@ -82,6 +78,22 @@ def cached_ask(cache: ItemCache, settings: Any, items: list[Item] | None = None)
         return answers
 
     return ask
+
+
+def answer_keys(
+    cache: ItemCache, folder: Path, model: captioner.Captioner
+) -> Callable[[Sequence[Photo], str], list[str]]:
+    """Photos and a question -> the keys in the item cache of the answers of `model` in `folder`."""
+    common = model.settings | {
+        "model": cache.content_hash(folder),
+        "code": code_hash(captioner.MADE_BY),
+        "versions": versions(captioner.LIBRARIES),
+    }
+
+    def keys(photos: Sequence[Photo], question: str) -> list[str]:
+        return [item_key(**common, photo=photo.sha256, question=question) for photo in photos]
+
+    return keys
 
 
 def captioned(ask: Ask, photos: Sequence[Photo], task: Task) -> list[Entry]:
