@@ -20,6 +20,7 @@ from bob.plan import duration, gpus, metric, networks, opened, to_do
 from bob.plan.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE
 from bob.plan.shapes import measure
 from bob.plan.work import STAGES
+from tests.conftest import ROOT
 from tests.dvc_project import dvc, make_project, ran, restored, set_params
 
 GPU = gpus.GPUS["t4"]  # auto is fp32 there, as on most CPUs
@@ -253,7 +254,7 @@ def test_the_peak_is_what_is_alive_at_once():
 
 
 def test_the_peak_on_meta_is_that_on_real_tensors():
-    folder = "models/miniature-backbone"
+    folder = ROOT / "models/miniature-backbone"
     real = load_backbone(folder, 5).train()
     step = measure(lambda: real(torch.randn(8, 3, 64, 64)).sum().backward())
     meta = networks.Classifier(folder, 5).training_step(8)

@@ -30,6 +30,7 @@ MODELS = (
 )
 HEADER = ("stage", "dvc", "to do", "item cache", "FLOPs", "memory", "disk", "time")
 FIRST_NUMBER = 4  # of the columns
+USABLE = 0.9  # of a GPU's memory; the rest is CUDA's own, and gaps that its allocator leaves
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -140,10 +141,10 @@ def notes(
         if not any(folder.rglob("*.safetensors")):
             lines.append(f"{folder} holds no weights: nothing that was made with them is found")
     lines += [
-        f"{stage} does not fit into {gpu.name}: about {metric(one.memory, 'B')} are needed"
-        + (f"; lower {one.lower}" if one.lower else "")
+        f"{stage} does not fit into {gpu.name}: about {metric(one.memory, 'B')} are needed, of "
+        f"{metric(USABLE * gpu.memory, 'B')}" + (f"; lower {one.lower}" if one.lower else "")
         for stage, one in work.items()
-        if one.memory > gpu.memory
+        if one.memory > USABLE * gpu.memory
     ]
     return lines
 

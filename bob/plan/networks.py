@@ -159,20 +159,22 @@ class Captioner:
         return weight_bytes(self._network) * bytes_each // 4
 
     @torch.no_grad()
-    def ask(self, question: str, size: tuple[int, int], batch: int) -> tuple[Cost, Cost]:
-        """Of reading a batch of photos of `size` (width, height) with the question, and of saying
-        one more token: `bob.captioner.Captioner.answer` does the first once, the second for every
-        token of the answer but the first.
+    def ask(self, question: str, size: tuple[int, int]) -> tuple[Cost, Cost]:
+        """Of reading one photo of `size` (width, height) with the question, and of saying a token.
+
+        `bob.captioner.Captioner.answer` does the first once, and the second for every token of the
+        answer but the first. Of one photo, because attention in windows is many small calls; a
+        batch costs its size times as much.
         """
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = self._processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        one = self._processor(text=[text], images=[[Image.new("RGB", size)]], return_tensors="pt")
-        # Whole questions of one length need no mask, and a mask's values would be asked for.
+        photo = self._processor(text=[text], images=[[Image.new("RGB", size)]], return_tensors="pt")
+        # A whole question needs no mask, and a mask's values would be asked for.
         inputs = {
-            name: torch.cat([value.to(META) if value.is_floating_point() else value] * batch)
-            for name, value in one.items()
+            name: value.to(META) if value.is_floating_point() else value
+            for name, value in photo.items()
             if name != "attention_mask"
         }
         cache: Any = None
@@ -182,7 +184,7 @@ class Captioner:
             cache = self._network(**inputs, use_cache=True, logits_to_keep=1).past_key_values
 
         def say() -> None:
-            token = torch.empty(batch, 1, dtype=torch.long, device=META)
+            token = torch.empty(1, 1, dtype=torch.long, device=META)
             self._network(input_ids=token, past_key_values=cache, use_cache=True)
 
         return measure(read), measure(say)

@@ -82,12 +82,13 @@ class Project:
         paths = (layout.CLASSES, layout.TRAIN, layout.VAL, layout.TEST)
         coming = [path for path in map(self.forecast.file, paths) if path is not None]
         if len(coming) == len(paths):
-            return Photos(read_task(coming[0]), *map(read_photos, coming[1:]), known=True)
+            train, val, test = map(read_photos, coming[1:])
+            return Photos(read_task(coming[0]), train, val, test, True)
         data = self.params.data
         folder = Path("data") / data.name
         known = folder != layout.MINIATURE or self.forecast.states["draw"] == UP_TO_DATE
         dataset = read_dataset(folder) if known else _undrawn(self.params)
-        parts = draw_split(
+        train, val, test = draw_split(
             dataset,
             shots=data.shots,
             seed=data.seed,
@@ -95,7 +96,8 @@ class Project:
             test_fraction=data.test_fraction,
             name=data.name,
         )
-        return Photos(Task(dataset.descriptor, tuple(sorted(dataset.train))), *parts, known=known)
+        task = Task(dataset.descriptor, tuple(sorted(dataset.train)))
+        return Photos(task, train, val, test, known)
 
     @cached_property
     def images(self) -> int:
@@ -200,14 +202,15 @@ def _asking(
     precision = project.gpu.precision(settings.precision)
     network = networks.Captioner(folder)
     question = QUESTION.format(attribute=ATTRIBUTES[0], descriptor=task.descriptor)
-    read, say = network.ask(question, size, settings.batch_size)
+    read, say = network.ask(question, size)
     each = read.flops + (networks.ANSWER_TOKENS - 1) * say.flops
+    rows = settings.batch_size  # a batch is always full
     return Work(
         what,
         _reused(asked, new, known),
-        {precision: batches * each},
+        {precision: batches * rows * each},
         # The whole network is in that precision, activations too.
-        network.weights(BYTES[precision]) + read.peak * BYTES[precision] // 4,
+        network.weights(BYTES[precision]) + rows * read.peak * BYTES[precision] // 4,
         lower="caption.batch_size",
     )
 
