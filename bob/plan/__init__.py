@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import click
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from bob import params
@@ -56,8 +57,12 @@ def opened(gpu: gpus.Gpu) -> Iterator[Project]:
             raise BobError(
                 f"{section}.{key}: {folder} is missing; `dvc pull` or `bob fetch` brings it"
             )
-    with Repo() as repo, ItemCache() as cache:
-        yield Project(project_params, Forecast(repo), cache, gpu)
+    with ItemCache() as cache, Repo() as repo:
+        try:
+            forecast = Forecast(repo)
+        except DvcException as error:
+            raise BobError(f"DVC: {' '.join(str(error).split())}") from None
+        yield Project(project_params, forecast, cache, gpu)
 
 
 def to_do(project: Project) -> dict[str, Work]:

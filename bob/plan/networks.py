@@ -154,9 +154,10 @@ class Captioner:
 
         self._processor, self._network = _build(folder, "image-text-to-text model", make)
 
-    def weights(self, bytes_each: int) -> int:
-        """Bytes of the weights, at so many a number."""
-        return weight_bytes(self._network) * bytes_each // 4
+    @property
+    def weights(self) -> int:
+        """Bytes, in fp32."""
+        return weight_bytes(self._network)
 
     @torch.no_grad()
     def ask(self, question: str, size: tuple[int, int]) -> tuple[Cost, Cost]:

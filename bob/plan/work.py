@@ -33,9 +33,9 @@ from bob.training import VALIDATIONS, Labelled, Trainer
 PNG_BYTES = 1.5
 """For a pixel; the miniature's images have 1.55. Measured on the generated images where there are
 some."""
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAM = 2
-"""Numbers that AdamW keeps for each one it trains."""
+"""Copies of what is trained that AdamW keeps: the moments."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _asking(
         _reused(asked, new, known),
         {precision: batches * rows * each},
         # The whole network is in that precision, activations too.
-        network.weights(BYTES[precision]) + rows * read.peak * BYTES[precision] // 4,
+        (network.weights + rows * read.peak) * DTYPES[precision].itemsize // 4,
         lower="caption.batch_size",
     )
 
@@ -247,9 +247,7 @@ def _finetune(project: Project) -> Work:
 
 def _cast(precision: str, *parts: torch.nn.Module) -> None:
     for part in parts:
-        diffusion.cast(
-            part, {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, torch.float16)
-        )
+        diffusion.cast(part, DTYPES[precision])
 
 
 def _added(*flops: tuple[str, float]) -> dict[str, float]:
@@ -405,8 +403,12 @@ def _audit(project: Project) -> Work:
         f"{work.what}, features of {pictures:,}",
         work.items,
         _added(*work.flops.items(), ("fp32", pictures / 64 * look.flops)),
-        max(work.memory, network.weights + look.peak)
-        + networks.weight_bytes(pipeline.unet, pipeline.text_encoder, pipeline.vae),
+        # One after the other: the captioner, the base model's text features, the feature model.
+        max(
+            work.memory,
+            networks.weight_bytes(pipeline.unet, pipeline.text_encoder, pipeline.vae),
+            network.weights + look.peak,
+        ),
         lower=work.lower,
     )
 
