@@ -310,5 +310,5 @@ def test_time_follows_precision_and_numbers_have_units():
     assert [duration(s) for s in (0, 0.1, 45, 600, 9000)] == [
         *("-", "< 1 s", "45 s", "10 min", "2.5 h")
     ]
-    assert [metric(n) for n in (0, 7, 1234567)] == ["-", "7", "1.23 M"]
+    assert [metric(n) for n in (0, 7, 999_999, 1234567)] == ["-", "7", "1 M", "1.23 M"]
     assert metric(80e9, "B") == "80 GB"

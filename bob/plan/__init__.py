@@ -114,13 +114,13 @@ def notes(
     of: Params, states: Mapping[str, str], work: Mapping[str, Work], gpu: gpus.Gpu
 ) -> list[str]:
     """What the numbers stand on, what is not known, and what does not fit."""
+    if not work:
+        return ["nothing to do: `dvc repro` will compute nothing"]
     lines = [
         f"time, memory: {gpu.name}, {gpu.half:g} TFLOP/s in {'bf16' if gpu.bf16 else 'fp16'} and "
         f"{gpu.single:g} in fp32, of which {gpus.UTILISATION:.0%} is taken to be reached, "
         f"{metric(gpu.memory, 'B')}; only products are timed"
     ]
-    if not work:
-        return ["nothing to do: `dvc repro` will compute nothing"]
     if RESTORED in states.values():
         lines.append("restored: DVC's run cache has the outputs, nothing is computed")
     if MAY_RUN in states.values():
@@ -158,6 +158,7 @@ def metric(value: float, unit: str = "") -> str:
     """A number with a metric prefix: 1234567 is 1.23 M; nothing is a dash."""
     if not value:
         return "-"
+    value = float(f"{value:.3g}")  # first, or 999,999 would be 1e+03 k
     power = max(0, min(len(PREFIXES) - 1, int(math.log10(value) // 3)))
     return f"{value / 1000**power:.3g} {PREFIXES[power]}{unit}".rstrip()
 
