@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bob.captioner import open_captioner
+from bob.captioner import Captioner, open_captioner
 from bob.data import Photo, Task, read_photos, read_task
 from bob.endpoint import UnansweredError
 from bob.errors import BobError
@@ -69,12 +69,7 @@ def cached_ask(cache: ItemCache, settings: Any, items: list[Item] | None = None)
         batch_size=settings.batch_size,
         image_side=settings.image_side,
     )
-    # The folder's content is the model, unless the captioner says that it is elsewhere.
-    common = {"model": cache.content_hash(folder)} | captioner.settings
-    common |= {
-        "code": code_hash(captioner.made_by),
-        "versions": versions(captioner.libraries),
-    }
+    keys_of = answer_keys(cache, folder, captioner)
 
     def ask(photos: Sequence[Photo], question: str) -> list[str]:
         def make(numbers: list[int]) -> list[bytes]:
@@ -89,7 +84,7 @@ def cached_ask(cache: ItemCache, settings: Any, items: list[Item] | None = None)
             made = list(answers.values())
             cache.take(list(answers), lambda numbers: [made[i] for i in numbers], len(made))
 
-        keys = [item_key(**common, photo=photo.sha256, question=question) for photo in photos]
+        keys = keys_of(photos, question)
         oids = cache.take(keys, make, settings.batch_size, "captioning")
         answers = [cache.read(oid).decode() for oid in oids]
         if items is not None:
@@ -97,6 +92,23 @@ def cached_ask(cache: ItemCache, settings: Any, items: list[Item] | None = None)
         return answers
 
     return ask
+
+
+def answer_keys(
+    cache: ItemCache, folder: Path, captioner: Captioner
+) -> Callable[[Sequence[Photo], str], list[str]]:
+    """Photos and a question -> the keys in the item cache of the answers of what is in `folder`."""
+    # The folder's content is the model, unless the captioner says that it is elsewhere.
+    common = {"model": cache.content_hash(folder)} | captioner.settings
+    common |= {
+        "code": code_hash(captioner.made_by),
+        "versions": versions(captioner.libraries),
+    }
+
+    def keys(photos: Sequence[Photo], question: str) -> list[str]:
+        return [item_key(**common, photo=photo.sha256, question=question) for photo in photos]
+
+    return keys
 
 
 def captioned(ask: Ask, photos: Sequence[Photo], task: Task) -> list[Entry]:

@@ -70,7 +70,7 @@ def open_captioner(folder: Path, *, precision: str, batch_size: int, image_side:
     endpoint, for which `precision` says nothing. Raises BobError for an `endpoint.json` that is
     none.
     """
-    if (folder / endpoint.FILE).is_file():
+    if endpoint.is_endpoint(folder):
         return Captioner(endpoint.Endpoint(folder, batch_size), image_side)
     from bob.vlm import VisionLanguageModel  # late: who asks an endpoint need not wait for torch
 

@@ -155,17 +155,21 @@ def open_backbone(folder: str | Path) -> Backbone:
             "`bob fetch ID@COMMIT` brings one from the Hub, timm.models.save_for_hf and "
             "CLIPModel.save_pretrained write one"
         )
-    config = read_json(folder / "config.json")
-    if config.get("model_type") == "clip":
+    if holds_clip(folder):
         from bob.clip import ClipBackbone  # late: peft and transformers take seconds
 
         return ClipBackbone(folder)
-    if "architecture" not in config:
+    if "architecture" not in read_json(folder / "config.json"):
         raise BobError(
             f"{folder} is neither a timm nor a CLIP model folder: its config.json has no "
             "architecture, as timm's has, nor the model_type clip; fetch another model"
         )
     return TimmBackbone(folder)
+
+
+def holds_clip(folder: Path) -> bool:
+    """Whether a model folder is a CLIP's; raises BobError where its config cannot be read."""
+    return read_json(folder / "config.json").get("model_type") == "clip"
 
 
 class TimmBackbone:

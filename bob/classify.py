@@ -10,9 +10,10 @@ which epoch is kept; test photos are never looked at.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import click
 from dvclive import Live
@@ -55,7 +56,7 @@ def run(params: Params) -> None:
     trainer = Trainer(
         backbone,
         task,
-        Recipe(**{field.name: getattr(settings, field.name) for field in fields(Recipe)}),
+        recipe_of(settings),
         real=real,
         synthetic=synthetic,
         validation=validation,
@@ -70,15 +71,7 @@ def run(params: Params) -> None:
         ]
 
     with ItemCache("classify") as cache:
-        common = {
-            "backbone": cache.content_hash(Path(settings.backbone)),
-            "code": code_hash((*training.MADE_BY, *backbone.modules)),
-            "versions": versions((*training.LIBRARIES, *backbone.libraries)),
-        }
-        keys = [
-            item_key(**common, **trainer.settings(variant == REAL_AND_SYNTHETIC), seed=seed)
-            for variant, seed in planned
-        ]
+        keys = classifier_keys(cache, Path(settings.backbone), trainer, planned)
         oids = cache.take(keys, make, 1, "training")
         with replacing(layout.CLASSIFY) as folder:
             cache.place(oids, [weights_path(folder, *one) for one in planned])
@@ -111,6 +104,29 @@ def run(params: Params) -> None:
     click.echo(f"{_summary(trained)} ({cache.reused} reused, {cache.made} made)")
 
 
+def recipe_of(settings: Any) -> Recipe:
+    """The training settings among `settings`, the parameters of `classify`."""
+    return Recipe(**{field.name: getattr(settings, field.name) for field in fields(Recipe)})
+
+
+def classifier_keys(
+    cache: ItemCache, folder: Path, trainer: Trainer, planned: Sequence[tuple[str, int]]
+) -> list[str]:
+    """The keys in the item cache of the planned classifiers, each a variant and a seed.
+
+    `folder` is that of the backbone.
+    """
+    common = {
+        "backbone": cache.content_hash(folder),
+        "code": code_hash(trainer.made_by),
+        "versions": versions(trainer.libraries),
+    }
+    return [
+        item_key(**common, **trainer.settings(variant == REAL_AND_SYNTHETIC), seed=seed)
+        for variant, seed in planned
+    ]
+
+
 def labelled(photos: Sequence[Photo], task: Task) -> Labelled:
     """Photos of a split as training takes them."""
     return Labelled(
@@ -120,16 +136,19 @@ def labelled(photos: Sequence[Photo], task: Task) -> Labelled:
     )
 
 
-def read_synthetic(task: Task) -> Labelled:
-    """The generated set; raises BobError naming a class that is none of the task's."""
-    images = read_manifest()
+def read_synthetic(task: Task, where: Callable[[Path], Path] = lambda path: path) -> Labelled:
+    """The generated set; `where` gives the place of its files where that is not the workspace.
+
+    Raises BobError naming a class that is none of the task's.
+    """
+    images = read_manifest(where(layout.GENERATED))
     unknown = {image.class_name for image in images}.difference(task.classes)
     if unknown:
         raise BobError(
             f"{layout.GENERATED} has images of {min(unknown)!r}, which {layout.CLASSES} does not "
             "list; `dvc repro generate` makes the set anew"
         )
-    paths = tuple(layout.GENERATE / image.file for image in images)
+    paths = tuple(where(layout.GENERATE / image.file) for image in images)
     return Labelled(
         paths,
         tuple(map(sha256, paths)),

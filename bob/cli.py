@@ -109,6 +109,19 @@ def dataset(name: str, source: Path | None, folder: Path | None) -> None:
 
 
 @cli.command()
+@click.option("--gpu", metavar="NAME", help="By default this machine's, or else an h100.")
+def plan(gpu: str | None) -> None:
+    """Print what `dvc repro` would do and cost, and what of it is there already.
+
+    Runs nothing, and needs of the models only their config files.
+    """
+    _prepare_libraries()
+    from bob.plan import plan as print_plan
+
+    print_plan(gpu)
+
+
+@cli.command()
 @click.argument("stages", nargs=-1, metavar="[STAGE]...")
 def verify(stages: tuple[str, ...]) -> None:
     """Check that stages touch what dvc.yaml declares for them, and nothing else.

@@ -6,6 +6,7 @@ the rows of a matrix, and nothing of the text tower is left to be kept or export
 """
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class ClipBackbone:
         Raises BobError naming the folder where something is missing or does not fit.
         """
         clip = self._load()
-        tokens = self._tokenize(prompts(task), clip.config.text_config)
+        tokens = self.tokenize(prompts(task), clip.config.text_config)
         return ImageTextScorer(add_lora(clip, lora_rank) if lora_rank else clip, tokens)
 
     def classifier(self, trained: nn.Module) -> nn.Module:
@@ -138,7 +139,7 @@ class ClipBackbone:
             )
         return clip
 
-    def _tokenize(self, texts: list[str], config: Any) -> Tensor:
+    def tokenize(self, texts: list[str], config: Any) -> Tensor:
         """Token ids, [texts, length of the longest]; what is too long for the model is cut."""
         if not (self._folder / "tokenizer.json").is_file():
             # transformers would make a tokenizer that knows no word.
@@ -204,7 +205,7 @@ class ImageTextScorer(nn.Module):
         features = self.clip.get_image_features(pixel_values=images).pooler_output
         matrix = class_matrix(self.clip, self.tokens)
         # Not in bf16: its cosines would be a thousandth apart or more, before they are scaled.
-        with torch.autocast(images.device.type, enabled=False):
+        with _full_precision(images.device):
             return F.normalize(features.float(), dim=-1) @ matrix.T
 
     @torch.no_grad()
@@ -223,8 +224,13 @@ def class_matrix(clip: CLIPModel | LoraModel, tokens: Tensor) -> Tensor:
     """Normalised features of the texts times exp(logit_scale): float32 [classes, D]."""
     # Without an attention mask: texts are padded at the end, where causal attention never looks.
     features = clip.get_text_features(input_ids=tokens).pooler_output
-    with torch.autocast(tokens.device.type, enabled=False):
+    with _full_precision(tokens.device):
         return clip.logit_scale.exp() * F.normalize(features.float(), dim=-1)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    # The meta device, on which costs are counted, knows no autocast.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class ImageTower(nn.Module):

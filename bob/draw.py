@@ -596,6 +596,15 @@ def ties(seed: int) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     return tied
 
 
+def images_per_class(train: int, per_context: int) -> dict[str, int]:
+    """How many images of a class each part of the dataset has."""
+    return {
+        "train": train,
+        "val": len(CONTEXTS) * max(1, per_context // 2),
+        "test": len(CONTEXTS) * per_context,
+    }
+
+
 def run(params: Any) -> None:
     """Draw the miniature dataset into `data/miniature`.
 
@@ -612,20 +621,20 @@ def run(params: Any) -> None:
         )
     variants = TASK[: params.draw.classes]
     tied = ties(params.data.seed)
-    per_context = params.draw.per_context
+    counts = images_per_class(params.draw.train_per_class, params.draw.per_context)
     with replacing(MINIATURE) as folder:
         truth: list[tuple[str, str, str, str]] = []
         for variant in variants:
             training = list(itertools.product(*tied[variant.name]))
             splits = (
-                ("train", training, params.draw.train_per_class, params.data.seed),
-                ("val", CONTEXTS, len(CONTEXTS) * max(1, per_context // 2), VAL_SEED),
-                ("test", CONTEXTS, len(CONTEXTS) * per_context, TEST_SEED),
+                ("train", training, params.data.seed),
+                ("val", CONTEXTS, VAL_SEED),
+                ("test", CONTEXTS, TEST_SEED),
             )
-            for split, contexts, count, seed in splits:
+            for split, contexts, seed in splits:
                 images = folder / split / variant.name.replace(" ", "_")
                 images.mkdir(parents=True)
-                for index in range(count):
+                for index in range(counts[split]):
                     background, pose = contexts[index % len(contexts)]
                     path = images / f"{index:04d}.png"
                     draw(variant, background, pose, index, seed).save(path)

@@ -53,6 +53,11 @@ KEY = "OPENAI_API_KEY"
 NO_KEY = "no-key"  # the client insists on one; servers without keys ignore it
 
 
+def is_endpoint(folder: Path) -> bool:
+    """Whether the captioner in `folder` is one."""
+    return (folder / FILE).is_file()
+
+
 class UnansweredError(BobError):
     """Not every question was answered; `answers` has those that were, by their place."""
 

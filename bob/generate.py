@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bob import sampling
 from bob.data import Task, read_task
@@ -30,28 +31,14 @@ def run(params: Params) -> None:
         seed=settings.seed,
     )
     base_model = Path(params.finetune.base_model)
-    maker = sampling.ImageMaker(
-        base_model,
-        LORA,
-        sampler=settings.sampler,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-    )
+    maker = image_maker(base_model, settings)
 
     def make(numbers: list[int]) -> list[bytes]:
         batch = [planned[number] for number in numbers]
         return maker.make([image.prompt for image in batch], [image.seed for image in batch])
 
     with ItemCache("generate") as cache:
-        common = maker.settings | {
-            "model": cache.content_hash(base_model),
-            "lora": cache.content_hash(LORA),
-            "code": code_hash(sampling.MADE_BY),
-            "versions": versions(sampling.LIBRARIES),
-        }
-        keys = [item_key(**common, prompt=image.prompt, seed=image.seed) for image in planned]
+        keys = image_keys(cache, base_model, cache.content_hash(LORA), maker, planned)
         oids = cache.take(keys, make, settings.batch_size, "generating")
         with replacing(GENERATE) as folder:
             (folder / "images").mkdir()
@@ -69,6 +56,36 @@ def run(params: Params) -> None:
         f"generate: {len(planned)} images, context from {settings.context} "
         f"({cache.reused} reused, {cache.made} made)"
     )
+
+
+def image_maker(base_model: Path, settings: Any) -> sampling.ImageMaker:
+    """What makes the images by `settings`, the parameters of `generate`; nothing is loaded yet."""
+    return sampling.ImageMaker(
+        base_model,
+        LORA,
+        sampler=settings.sampler,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        precision=settings.precision,
+        batch_size=settings.batch_size,
+    )
+
+
+def image_keys(
+    cache: ItemCache,
+    base_model: Path,
+    lora: str,
+    maker: sampling.ImageMaker,
+    planned: Sequence[Generated],
+) -> list[str]:
+    """The keys of the planned images in the item cache; `lora` is the content hash of the LoRA."""
+    common = maker.settings | {
+        "model": cache.content_hash(base_model),
+        "lora": lora,
+        "code": code_hash(sampling.MADE_BY),
+        "versions": versions(sampling.LIBRARIES),
+    }
+    return [item_key(**common, prompt=image.prompt, seed=image.seed) for image in planned]
 
 
 def plan(

@@ -414,12 +414,11 @@ class ItemCache:
             dry_run=True,
             ignore=self._repo.dvcignore,
         )
-        files = sorted(
-            ("/".join(name), hash_info.value)
-            for name, _, hash_info in tree
-            if not name[-1].endswith(".md")
-        )
-        return item_key(files=files)
+        return tree_hash(tree)
+
+    def known(self, keys: Iterable[str]) -> dict[str, str]:
+        """Key -> object id of the items that are there, by their names: none is read."""
+        return {row.key: row.oid for row in self.index.find(keys) if self._store.exists(row.oid)}
 
     # --- what `bob cache` does -----------------------------------------------------------------
 
@@ -480,6 +479,16 @@ class ItemCache:
             return None
         self._put(content)
         return len(content)
+
+
+def tree_hash(tree: Any) -> str:
+    """`ItemCache.content_hash` of a folder that DVC has hashed: `dvc_data`'s Tree."""
+    files = sorted(
+        ("/".join(name), hash_info.value)
+        for name, _, hash_info in tree
+        if not name[-1].endswith(".md")
+    )
+    return item_key(files=files)
 
 
 # --- the lists of items that stages leave ------------------------------------------------------

@@ -106,6 +106,8 @@ class Trainer:
         self._real, self._synthetic, self._validation = real, synthetic, validation
         self._device = best_device()
         self._dtype = training_dtype(recipe.precision, self._device)
+        self.made_by = (*MADE_BY, *backbone.modules)
+        self.libraries = (*LIBRARIES, *backbone.libraries)
 
     def settings(self, with_synthetic: bool) -> dict[str, object]:
         """What decides a classifier besides backbone, seed and code."""

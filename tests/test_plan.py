@@ -1,0 +1,354 @@
+"""`bob plan`: what it foresees is what DVC and the stages then do."""
+
+import importlib
+import re
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import CLIPTextConfig
+
+from bob import params
+from bob.classifiers import open_backbone
+from bob.cli import cli
+from bob.data import Task
+from bob.errors import BobError
+from bob.plan import duration, gpus, metric, networks, opened, to_do
+from bob.plan.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE
+from bob.plan.shapes import measure
+from bob.plan.work import STAGES
+from tests.builders import build_clip
+from tests.conftest import ROOT
+from tests.dvc_project import dvc, make_project, ran, restored, set_params
+
+TASK = Task("aircraft", ("747-300", "747-400", "A320", "A330", "MD-80"))
+GPU = gpus.GPUS["t4"]  # auto is fp32 there, as on most CPUs
+BEFORE = ("draw", "split", "caption", "finetune")
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    """A project that has run up to its classifiers."""
+    folder = make_project(tmp_path_factory.mktemp("plan") / "project")
+    dvc(folder, "repro", "classify")
+    return folder
+
+
+@pytest.fixture
+def project(reproduced, monkeypatch):
+    """The same as the current folder; its parameters and workspace come back afterwards."""
+    monkeypatch.chdir(reproduced)
+    original = (reproduced / "params.yaml").read_text()
+    yield reproduced
+    (reproduced / "params.yaml").write_text(original)
+
+
+def planned():
+    """States and work, by stage."""
+    with opened(GPU) as project:
+        return project.forecast.states, to_do(project)
+
+
+def command(*arguments):
+    result = CliRunner().invoke(cli, ["plan", *arguments])
+    return result.exit_code, result.output
+
+
+# --- what is there already ---------------------------------------------------------------------
+
+
+def test_in_a_fresh_clone_everything_is_to_be_done(tmp_path, monkeypatch):
+    folder = make_project(tmp_path / "fresh")
+    monkeypatch.chdir(folder)
+    states, work = planned()
+    assert set(states.values()) <= {RUNS, MAY_RUN} and set(work) == set(STAGES)
+    assert work["split"].what == "2 classes, 4 train, 72 val, 72 test"
+    assert work["caption"].items == "at most 8 new"
+    assert work["finetune"].what == "2 steps of 2, 4 photos"
+    assert work["generate"].items == "at most 4 new"
+    assert work["classify"].items == "at most 2 new"
+
+    # The command itself, without any weights, for a GPU that is too small for it.
+    for weights in folder.glob("models/**/*.safetensors"):
+        weights.unlink()
+    monkeypatch.setitem(gpus.GPUS, "tiny", gpus.Gpu("tiny", 1, 1, 10**6, "none"))
+    code, output = command("--gpu", "tiny")
+    assert code == 0
+    assert re.search(r"^total .* [GT] ", output, re.MULTILINE)
+    assert "models/miniature-base holds no weights" in output
+    assert "generate does not fit into tiny" in output and "lower generate.batch_size" in output
+
+
+def test_an_endpoint_is_asked_and_a_long_tail_is_filled_up(tmp_path, monkeypatch):
+    folder = make_project(tmp_path / "fresh")
+    set_params(
+        folder,
+        {
+            "data": {"shots": 4, "imbalance": 4},
+            "caption": {"model": "models/served"},
+            "generate": {"images_per_class": 10},
+        },
+    )
+    (folder / "models/served").mkdir()
+    (folder / "models/served/endpoint.json").write_text('{"url": "http://no/v1", "model": "m"}')
+    monkeypatch.chdir(folder)
+    _, work = planned()
+    assert work["caption"].items == "at most 10 new"  # two of each of 4 + 1 photos
+    assert not work["caption"].flops and not work["caption"].memory
+    assert work["generate"].what.startswith("23 images")  # 10 and 10 + 4 - 1
+    assert "models/served" not in command()[1]
+
+
+@pytest.mark.slow
+def test_after_a_run_there_is_nothing_to_do(project):
+    states, work = planned()
+    assert {states[stage] for stage in (*BEFORE, "generate", "classify")} == {UP_TO_DATE}
+    assert "classify" not in work
+    code, output = command()
+    assert code == 0
+    assert re.search(r"^generate +up to date +- +-", output, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_of_more_images_only_the_missing_ones_are_new(project):
+    set_params(project, {"generate": {"images_per_class": 5}})
+    states, work = planned()
+    assert {states[stage] for stage in BEFORE} == {UP_TO_DATE}
+    assert (states["generate"], work["generate"].items) == (RUNS, "4 reused, 6 new")
+    assert (states["classify"], work["classify"].items) == (MAY_RUN, "1 reused, at most 1 new")
+
+
+@pytest.mark.slow
+def test_of_more_shots_only_the_missing_answers_are_new(project):
+    set_params(project, {"data": {"shots": 3}})
+    states, work = planned()
+    assert states["split"] == RUNS
+    assert (states["caption"], work["caption"].items) == (MAY_RUN, "8 reused, 4 new")
+    assert work["generate"].items == "at most 4 new"
+
+
+@pytest.mark.slow
+def test_what_the_run_cache_has_is_restored(project):
+    """Also the stages after it, which read what is not in the workspace yet."""
+    set_params(project, {"generate": {"guidance_scale": 2.5}})
+    states, work = planned()
+    assert (states["generate"], work["generate"].items) == (RUNS, "0 reused, 4 new")
+    assert ran(dvc(project, "repro", "classify")) == {"generate", "classify"}
+
+    set_params(project, {"generate": {"guidance_scale": 3.0}, "classify": {"seeds": [0, 1]}})
+    states, work = planned()
+    assert states["generate"] == RESTORED and "generate" not in work
+    # The images are in DVC's cache alone, and the classifiers of seed 0 were trained on them.
+    assert (states["classify"], work["classify"].items) == (RUNS, "2 reused, 2 new")
+
+    set_params(project, {"classify": {"seeds": [0]}})
+    states, _ = planned()
+    assert {states["generate"], states["classify"]} == {RESTORED}
+    assert restored(dvc(project, "repro", "classify")) == {"generate", "classify"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("finetune", "base_model"), ("caption", "model"), ("classify", "backbone")],
+)
+def test_a_model_that_is_missing_or_another_is_one_line(project, section, key):
+    set_params(project, {section: {key: "models/none"}})
+    code, output = command()
+    assert code == 1
+    assert output == (
+        f"Error: {section}.{key}: models/none is missing; `dvc pull` or `bob fetch` brings it\n"
+    )
+    (project / "models/none").mkdir()
+    try:
+        (project / "models/none/config.json").write_text("{}")
+        code, output = command()
+    finally:
+        shutil.rmtree(project / "models/none")
+    assert code == 1
+    assert re.fullmatch(r"Error: models/none: no .* by its config files \(.*\)\n", output)
+
+
+# --- FLOPs -------------------------------------------------------------------------------------
+
+
+def flops_of(call):
+    """Counted while it runs; with the formulas of a GPU's fused attention for the CPU's."""
+    aten = torch.ops.aten
+
+    def forward(query, key, value, *_, out_shape=None, **__):
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad, query, key, value, *_, out_shape=None, **__):
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("caption", {"data": {"shots": 3}, "caption": {"batch_size": 3}}),
+        ("finetune", {"finetune": {"epochs": 2, "batch_size": 3, "rank": 3}}),
+        ("generate", {"generate": {"images_per_class": 3, "sampler": "pndm", "steps": 3}}),
+        ("generate", {"generate": {"guidance_scale": 1}}),
+        ("classify", {"classify": {"epochs": 12, "batch_size": 3, "seeds": [5]}}),
+    ],
+)
+def test_flops_are_those_of_the_stage(project, tmp_path, monkeypatch, stage, changes):
+    copy = tmp_path / "copy"
+    shutil.copytree(project, copy)
+    monkeypatch.chdir(copy)
+    set_params(copy, changes)
+    if stage == "caption":
+        importlib.import_module("bob.split").run(params.for_stage("split"))
+    _, work = planned()
+    module = importlib.import_module(f"bob.{stage}")
+    counted = flops_of(lambda: module.run(params.for_stage(stage)))
+    assert counted > 0
+    assert sum(work[stage].flops.values()) == pytest.approx(counted, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """The config files of Stable Diffusion 1.5, no weights."""
+    folder = tmp_path_factory.mktemp("sd")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2,
+            cross_attention_dim=768,
+            attention_head_dim=8,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+        )
+    unet.save_config(folder / "unet")
+    vae.save_config(folder / "vae")
+    CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    ).save_pretrained(folder / "text_encoder")
+    (folder / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}'
+    )
+    return networks.text_to_image(folder)
+
+
+def test_stable_diffusion_has_its_published_size(stable_diffusion):
+    def millions(part):
+        return sum(parameter.numel() for parameter in part.parameters()) / 1e6
+
+    assert millions(stable_diffusion.unet) == pytest.approx(859.52, abs=0.01)
+    assert millions(stable_diffusion.text_encoder) == pytest.approx(123.06, abs=0.01)
+    assert millions(stable_diffusion.vae) == pytest.approx(83.65, abs=0.01)
+    denoise = networks.denoise(stable_diffusion, 1)
+    # 339 GMAC without attention's own two products, which are another 62 at 64 x 64 latents.
+    assert denoise.flops == pytest.approx(2 * (339e9 + 62e9), rel=0.01)
+    assert networks.denoise(stable_diffusion, 4).flops == 4 * denoise.flops
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def test_the_peak_is_what_is_alive_at_once():
+    network = nn.Sequential(nn.Linear(100, 1000), nn.ReLU(), nn.Linear(1000, 10)).to("meta")
+    images = torch.empty(64, 100, device="meta")
+    with torch.no_grad():  # the hidden layer before and after the ReLU
+        assert measure(lambda: network(images)).peak == 4 * 64 * (1000 + 1000)
+    # At the last: what the ReLU saved, its gradient before and after, and the second layer's.
+    step = measure(lambda: network(images).sum().backward()).peak
+    assert 4 * (3 * 64 * 1000 + 10 * 1000) <= step < 1.1 * 4 * (3 * 64 * 1000 + 10 * 1000)
+
+
+def test_the_peak_on_meta_is_that_on_real_tensors():
+    folder = ROOT / "models/miniature-backbone"
+    real = open_backbone(folder).trainable(TASK, 0).train()
+    step = measure(lambda: real(torch.randn(8, 3, 64, 64)).sum().backward())
+    meta = networks.Classifier(folder, TASK).training_step(8)
+    assert meta.flops == step.flops
+    assert meta.peak == pytest.approx(step.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_clip_is_counted_with_its_texts_and_its_lora(tmp_path, lora_rank):
+    folder = build_clip(tmp_path / "clip")
+    backbone = open_backbone(folder)
+    real = backbone.trainable(TASK, lora_rank).train()
+    side = backbone.preprocessing.size[0]
+    flops = flops_of(lambda: real(torch.randn(8, 3, side, side)).sum().backward())
+    network = networks.Classifier(folder, TASK, lora_rank)
+    assert network.training_step(8).flops == pytest.approx(flops, rel=0.05)
+    held, changing = network.weights_in_training
+    trained = sum(w.nbytes for w in real.parameters() if w.requires_grad)
+    assert changing == trained
+    assert (held > 2 * changing) == bool(lora_rank)
+    kept = backbone.classifier(real).state_dict().values()
+    assert network.weights == pytest.approx(sum(w.nbytes for w in kept), rel=0.01)
+
+
+def test_attention_needs_no_memory_for_its_matrix(stable_diffusion):
+    # Eight heads of 4096 x 4096 alone would be 537 MB.
+    assert networks.denoise(stable_diffusion, 1).peak < 200e6
+
+
+# --- GPUs and numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla T4", "t4"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+    ],
+)
+def test_a_gpu_is_recognised(device, name):
+    assert gpus.recognise(device) == gpus.GPUS[name]
+
+
+def test_other_gpus_are_not_taken_for_these():
+    for device in ("NVIDIA L40", "NVIDIA GeForce GTX 1080", "NVIDIA A10"):
+        assert gpus.recognise(device) is None
+
+
+def test_an_unknown_gpu_is_one_line():
+    assert gpus.choose("H100") == gpus.GPUS["h100"]
+    with pytest.raises(BobError, match=r"^--gpu h10 is not .*; did you mean h100\?$"):
+        gpus.choose("h10")
+    with pytest.raises(BobError, match=r"known are h100, "):
+        gpus.choose("xyz")
+
+
+def test_time_follows_precision_and_numbers_have_units():
+    assert gpus.GPUS["h100"].precision("auto") == "bf16" and GPU.precision("auto") == "fp32"
+    flops = 0.35 * 67e12 * 3600
+    assert gpus.GPUS["h100"].seconds(flops, "fp32") == pytest.approx(3600)
+    assert [duration(s) for s in (0, 0.1, 45, 600, 9000)] == [
+        *("-", "< 1 s", "45 s", "10 min", "2.5 h")
+    ]
+    assert [metric(n) for n in (0, 7, 999_999, 1234567)] == ["-", "7", "1 M", "1.23 M"]
+    assert metric(80e9, "B") == "80 GB"
