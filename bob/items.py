@@ -255,10 +255,8 @@ class ItemCache:
                 f"{' '.join(str(error).split())}"
             ) from None
         self._store = self._repo.cache.local
-        folder = Path(self._repo.cache.local_cache_dir) / "bob"
-        self._store.makedirs(str(folder))  # the store's own, so that a shared cache stays shared
         shared = self._repo.config["cache"].get("shared") == "group"
-        self.index = Index(folder / "items.sqlite", shared=shared)
+        self.index = Index(self.folder() / "items.sqlite", shared=shared)
         self._stage = stage
         self.reused, self.made = 0, 0
 
@@ -274,6 +272,12 @@ class ItemCache:
         if kind is None and self._stage:
             self.index.record_run(self._stage, self.reused, self.made)
         self._repo.close()
+
+    def folder(self, name: str = "") -> Path:
+        """A folder in DVC's cache for what is no object; it is made where it is missing."""
+        path = Path(self._repo.cache.local_cache_dir, "bob", name)
+        self._store.makedirs(str(path))  # the store's own, so that a shared cache stays shared
+        return path
 
     def take(
         self,

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from bob import diffusion, finetune
+from bob import denoising, diffusion, finetune
 from bob.errors import BobError
 from tests.builders import build_text_to_image
 
@@ -23,7 +23,15 @@ def base(tmp_path_factory):
 
 
 def settings(**changed):
-    values = {"seed": 0, "batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0, "epochs": 3}
+    values = {
+        "seed": 0,
+        "batch_size": 2,
+        "gradient_accumulation": 1,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "epochs": 3,
+    }
     return types.SimpleNamespace(**values | changed)
 
 
@@ -39,9 +47,8 @@ def fine_tune(base, folder, dtype=FP32, rank=4, **changed):
     diffusion.cast(pipeline.unet, dtype)
     diffusion.cast(pipeline.text_encoder, dtype)
     parameters = diffusion.add_lora(pipeline, rank, 0)
-    finetune.train(
-        pipeline, parameters, means, stds, tokens, settings(**changed), dtype, folder / "curves"
-    )
+    losses = denoising.train(pipeline, parameters, means, stds, tokens, settings(**changed), dtype)
+    finetune.write_curves(folder / "curves", losses)
     diffusion.save_lora(pipeline, folder / "lora")
     return pipeline
 
@@ -150,13 +157,13 @@ def test_target_of_v_prediction_is_that_of_the_paper():
     timestep = torch.tensor([10, 900])
     scheduler = DDPMScheduler(prediction_type="v_prediction")
     share = scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
-    target = finetune.prediction_target(scheduler, latents, noise, timestep)
+    target = denoising.prediction_target(scheduler, latents, noise, timestep)
     torch.testing.assert_close(target, share.sqrt() * noise - (1 - share).sqrt() * latents)
 
     epsilon = DDPMScheduler(prediction_type="epsilon")
-    assert finetune.prediction_target(epsilon, latents, noise, timestep) is noise
+    assert denoising.prediction_target(epsilon, latents, noise, timestep) is noise
     with pytest.raises(BobError, match="sample"):
-        finetune.prediction_target(
+        denoising.prediction_target(
             DDPMScheduler(prediction_type="sample"), latents, noise, timestep
         )
 
