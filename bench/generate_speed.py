@@ -27,7 +27,7 @@ from bob.sampling import ImageMaker
 EQUAL, DEFAULT = 2.0, 4.0
 GUIDANCE = 2.0
 PROMPTS = [
-    f"a aircraft photo of a variant {number % 8} in the sky {number % 5} background with the left pose"
+    f"a aircraft photo of a variant {number % 8} in the sky {number % 5} background"
     for number in range(64)
 ]
 
