@@ -15,6 +15,7 @@ from diffusers import (
 )
 from diffusers.utils import convert_state_dict_to_diffusers, logging
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners import lora
 from PIL import Image
 
 from bob.device import autocast
@@ -25,6 +26,10 @@ logging.disable_progress_bar()  # a bar for five files is noise beside the stage
 # Attention alone, as in the paper's recipe: the four projections of every attention layer.
 UNET_LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+# Decoded at once: 64 images of 64 px, or one of 512 px, which fills a GPU with work already, where
+# a batch's activations in fp32 would fill its memory.
+DECODED_PIXELS = 512**2
 
 SAMPLERS: Mapping[str, Any] = {
     "dpmsolver++": lambda config: DPMSolverMultistepScheduler.from_config(
@@ -130,6 +135,21 @@ def text_features(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> to
     return torch.nn.functional.normalize(torch.cat(features).float(), dim=-1)
 
 
+class LoraLinear(lora.Linear):
+    """PEFT's LoRA layer of one adapter without dropout and alpha = rank, in fewer passes.
+
+    PEFT raises the input to fp32, from which autocast lowers it again, multiplies by a scale that
+    is 1, and adds; here the sum is part of the second product. That is 6 % of the miniature's step.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """W x + B A x, for x of shape (..., in)."""
+        (name,) = self.active_adapters
+        base = self.base_layer(x)
+        down = self.lora_A[name](x).flatten(0, -2)
+        return torch.addmm(base.flatten(0, -2), down, self.lora_B[name].weight.T).view_as(base)
+
+
 def add_lora(pipeline: StableDiffusionPipeline, rank: int, seed: int) -> list[torch.nn.Parameter]:
     """Put LoRA of `rank` on the attention of UNet and text encoder; returns what is to be trained.
 
@@ -143,11 +163,11 @@ def add_lora(pipeline: StableDiffusionPipeline, rank: int, seed: int) -> list[to
             (pipeline.unet, UNET_LORA_TARGETS),
             (pipeline.text_encoder, TEXT_LORA_TARGETS),
         ):
-            model.add_adapter(
-                LoraConfig(
-                    r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets
-                )
+            config = LoraConfig(
+                r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets
             )
+            config._register_custom_module({torch.nn.Linear: LoraLinear})
+            model.add_adapter(config)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             for parameter in trained:
                 parameter.data = parameter.data.float()
@@ -208,4 +228,15 @@ def sample(
             output_type="latent",
         ).images
     latents = latents.float() / pipeline.vae.config.scaling_factor
-    return pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)
+    return [
+        image
+        for part in latents.split(decoded_at_once(pipeline, len(latents)))
+        for image in pipeline.image_processor.postprocess(pipeline.vae.decode(part).sample)
+    ]
+
+
+def decoded_at_once(pipeline: StableDiffusionPipeline, count: int) -> int:
+    """How many of a batch of `count` images the autoencoder decodes at once."""
+    # Equal parts: an image's last bits depend on how many are decoded with it.
+    most = max(1, DECODED_PIXELS // resolution(pipeline) ** 2)
+    return max(part for part in range(1, most + 1) if count % part == 0)

@@ -1,53 +1,89 @@
 """Stage finetune: LoRA on the text-to-image model, with context preservation (paper: step 2)."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
-from diffusers.optimization import get_cosine_schedule_with_warmup
 from dvclive import Live
 from tqdm import tqdm
 
-from bob import diffusion
+from bob import denoising, diffusion
+from bob.checkpoints import Checkpoint
 from bob.data import Photo, Task, batches, open_image, read_photos, read_task
-from bob.device import autocast, best_device, dtype_name, resolve_precision
+from bob.device import best_device, dtype_name, resolve_precision
 from bob.errors import BobError
 from bob.files import replacing
+from bob.items import ItemCache, code_hash, item_key, versions
 from bob.layout import BANK, FINETUNE, LORA, TRAIN
 from bob.params import Params
 from bob.prompts import Entry, prompt, read_bank
 
-# The published recipe's; the learning rate, epochs and batch size are parameters.
-BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-2, 1.0
+# Named in the key of a run's checkpoint: the modules that train, and what they stand on.
+MADE_BY = ("data", "denoising", "device", "diffusion", "finetune")
+LIBRARIES = ("diffusers", "peft", "pillow", "torch", "transformers")
+# Of the parameters, those that decide the run beside model, captions and precision.
+DECIDING = (
+    "rank",
+    "learning_rate",
+    "warmup_steps",
+    "epochs",
+    "batch_size",
+    "gradient_accumulation",
+    "gradient_checkpointing",
+    "seed",
+)
 ENCODE_BATCH = 8
 
 
 def run(params: Params) -> None:
-    """Write `results/finetune`: lora/ in diffusers' layout, and curves/ with the loss."""
+    """Write `results/finetune`: lora/ in diffusers' layout, and curves/ with the loss.
+
+    A run that was killed goes on from its last checkpoint, to the same bytes.
+    """
     settings = params.finetune
+    if settings.batch_size % settings.gradient_accumulation:
+        raise BobError(
+            f"finetune.batch_size {settings.batch_size} cannot be cut into "
+            f"finetune.gradient_accumulation {settings.gradient_accumulation} equal parts; make "
+            "it a multiple"
+        )
     task, photos = read_task(), read_photos(TRAIN)
     captions = training_captions(task, photos, read_bank(BANK), settings.context)
 
-    device = best_device()
+    device, base_model = best_device(), Path(settings.base_model)
     dtype = resolve_precision(settings.precision, device)
-    pipeline = diffusion.load(Path(settings.base_model), device)
+    with ItemCache() as cache:
+        checkpoint = Checkpoint(
+            cache.folder("checkpoints"),
+            item_key(
+                model=cache.content_hash(base_model),
+                photos=[photo.sha256 for photo in photos],
+                captions=captions,
+                precision=dtype_name(dtype),
+                code=code_hash(MADE_BY),
+                versions=versions(LIBRARIES),
+                **{name: getattr(settings, name) for name in DECIDING},
+            ),
+        )
+    pipeline = diffusion.load(base_model, device)
     means, stds = encode_photos(pipeline, photos)
+    pipeline.vae = None  # its memory is the training's from here on
     tokens = diffusion.tokenize(pipeline, captions)
     # Frozen weights need no more precision than they are multiplied in; LoRA's stay in fp32.
     diffusion.cast(pipeline.unet, dtype)
     diffusion.cast(pipeline.text_encoder, dtype)
     parameters = diffusion.add_lora(pipeline, settings.rank, settings.seed)
 
+    losses = denoising.train(pipeline, parameters, means, stds, tokens, settings, dtype, checkpoint)
     with replacing(FINETUNE) as folder:
-        loss = train(pipeline, parameters, means, stds, tokens, settings, dtype, folder / "curves")
+        write_curves(folder / "curves", losses)
         diffusion.save_lora(pipeline, folder / LORA.name)
+    checkpoint.remove()
     count = sum(parameter.numel() for parameter in parameters)
     print(
-        f"finetune: {count:,} LoRA parameters, {settings.epochs} epochs in {dtype_name(dtype)}, "
-        f"loss of the last {loss:.4f}"
+        f"finetune: {count:,} LoRA parameters, {settings.epochs} epochs in {dtype_name(dtype)}"
+        + (f", loss of the last {losses[-1]:.4f}" if losses else "")
     )
 
 
@@ -85,96 +121,9 @@ def encode_photos(pipeline: Any, photos: Sequence[Photo]) -> tuple[torch.Tensor,
     return torch.cat(means), torch.cat(stds)
 
 
-def train(
-    pipeline: Any,
-    parameters: list[torch.nn.Parameter],
-    means: torch.Tensor,
-    stds: torch.Tensor,
-    tokens: torch.Tensor,
-    settings: Any,
-    dtype: torch.dtype,
-    curves: Path,
-) -> float:
-    """Minimise the noise-prediction loss in `parameters`; returns the mean loss of the last epoch.
-
-    Shapes: `means` and `stds` (n, channels, h, w), `tokens` (n, length). Every random number comes
-    from one generator on the CPU, so a seed means the same training on every device.
-    """
-    device = pipeline.device
-    random = torch.Generator("cpu").manual_seed(settings.seed)
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    steps_per_epoch = math.ceil(len(means) / settings.batch_size)
-    optimizer = torch.optim.AdamW(
-        parameters, settings.learning_rate, BETAS, weight_decay=WEIGHT_DECAY
-    )
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, settings.warmup_steps, max(1, settings.epochs * steps_per_epoch)
-    )
-    # fp16 has too little range for small gradients; the other precisions need no scaling.
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    draw = _draws(len(means), settings.batch_size, random)
-    loss_of_epoch = math.nan
-
-    pipeline.unet.train()
-    pipeline.text_encoder.train()
-    with Live(str(curves), report=None, save_dvc_exp=False, dvcyaml=None) as live:
-        for _ in tqdm(range(settings.epochs), "fine-tuning", unit="epoch", disable=None):
-            losses = []
-            for _ in range(steps_per_epoch):
-                index = next(draw)
-                noise = torch.randn(means[index].shape, generator=random)
-                posterior = torch.randn(means[index].shape, generator=random)
-                timestep = torch.randint(
-                    noise_scheduler.config.num_train_timesteps, (len(index),), generator=random
-                )
-                noise, timestep = noise.to(device), timestep.to(device)
-                latents = means[index] + stds[index] * posterior.to(device)
-                noisy = noise_scheduler.add_noise(latents, noise, timestep)
-                with autocast(device, dtype):
-                    text = pipeline.text_encoder(tokens[index])[0]
-                    prediction = pipeline.unet(noisy, timestep, text).sample
-                target = prediction_target(noise_scheduler, latents, noise, timestep)
-                loss = torch.nn.functional.mse_loss(prediction.float(), target)
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-                scaler.step(optimizer)
-                scaler.update()
-                schedule.step()
-                optimizer.zero_grad(set_to_none=True)
-                losses.append(loss.item())
-            loss_of_epoch = sum(losses) / len(losses)
-            if not math.isfinite(loss_of_epoch):
-                raise BobError(
-                    "fine-tuning diverged: the loss is no longer a number; lower "
-                    "finetune.learning_rate"
-                )
-            live.log_metric("loss", loss_of_epoch)
+def write_curves(folder: Path, losses: Sequence[float]) -> None:
+    """Write the loss of every epoch as dvclive does: `plots/metrics/loss.tsv`."""
+    with Live(str(folder), report=None, save_dvc_exp=False, dvcyaml=None) as live:
+        for loss in losses:
+            live.log_metric("loss", loss)
             live.next_step()
-    return loss_of_epoch
-
-
-def prediction_target(
-    scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    """What the UNet is to predict, by the base model's own scheduler config.
-
-    epsilon: the noise (DDPM, eq. 14); v_prediction: sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans
-    and Ho 2022, appendix D).
-    """
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timestep)
-    raise BobError(f"the base model predicts {kind!r}; epsilon and v_prediction can be fine-tuned")
-
-
-def _draws(count: int, size: int, random: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless full batches of indices, going through all `count` in a new order each time."""
-    pool = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(pool) < size:
-            pool = torch.cat([pool, torch.randperm(count, generator=random)])
-        yield pool[:size]
-        pool = pool[size:]

@@ -18,6 +18,7 @@ import os
 import random
 import sqlite3
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -233,6 +234,7 @@ def _warn(message: str) -> None:
 # --- the cache ---------------------------------------------------------------------------------
 
 
+PATIENCE = 2.0
 _TABLE = "{:<10}{:>10}{:>16}{:>8}{:>18}{:>8}"
 
 
@@ -255,10 +257,8 @@ class ItemCache:
                 f"{' '.join(str(error).split())}"
             ) from None
         self._store = self._repo.cache.local
-        folder = Path(self._repo.cache.local_cache_dir) / "bob"
-        self._store.makedirs(str(folder))  # the store's own, so that a shared cache stays shared
         shared = self._repo.config["cache"].get("shared") == "group"
-        self.index = Index(folder / "items.sqlite", shared=shared)
+        self.index = Index(self.folder() / "items.sqlite", shared=shared)
         self._stage = stage
         self.reused, self.made = 0, 0
 
@@ -275,6 +275,12 @@ class ItemCache:
             self.index.record_run(self._stage, self.reused, self.made)
         self._repo.close()
 
+    def folder(self, name: str = "") -> Path:
+        """A folder in DVC's cache for what is no object; it is made where it is missing."""
+        path = Path(self._repo.cache.local_cache_dir, "bob", name)
+        self._store.makedirs(str(path))  # the store's own, so that a shared cache stays shared
+        return path
+
     def take(
         self,
         keys: Sequence[str],
@@ -287,15 +293,16 @@ class ItemCache:
         `make` gets positions in `keys`, at most `batch_size` of them, and returns the items' bytes;
         it is not called where all items are there. Of items with the same key one is made.
 
-        Several processes help each other: each announces a batch before it makes it, goes round
-        what another has announced, and makes that in the end only if it is still missing. So a
-        process that died in its batch is not waited for.
+        Several processes help each other: each announces a batch before it makes it and goes round
+        what another has announced. What is still missing in the end it waits for, but no longer
+        than PATIENCE of its own slowest batches, and then makes it: the other may have died.
         """
         position = {key: number for number, key in reversed(list(enumerate(keys)))}
         oids = self._present(position)
         self.reused += len(oids)
         waiting = deque(key for key in dict.fromkeys(keys) if key not in oids)
         left_to_others: list[str] = []
+        slowest, give_up = 0.0, None
         with tqdm(total=len(waiting), desc=progress, disable=None if waiting else True) as bar:
             while waiting or left_to_others:
                 batch: list[str] = []
@@ -312,11 +319,18 @@ class ItemCache:
                     oids |= found
                     bar.update(len(found))
                     left_to_others = [key for key in left_to_others if key not in found]
+                    if found or give_up is None:
+                        give_up = time.monotonic() + PATIENCE * slowest
+                    if left_to_others and time.monotonic() < give_up:
+                        time.sleep(slowest / 10)
+                        continue
                     # Whoever comes here finds the same few: they must not all take the same.
                     random.shuffle(left_to_others)
                     batch, left_to_others = left_to_others[:batch_size], left_to_others[batch_size:]
                 if batch:
+                    began = time.monotonic()
                     oids |= self._make(batch, [position[key] for key in batch], make)
+                    slowest = max(slowest, time.monotonic() - began)
                     bar.update(len(batch))
         return [oids[key] for key in keys]
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -76,7 +77,9 @@ class ImageMaker:
             guidance_scale=self._guidance_scale,
             dtype=self._dtype,
         )
-        return [_png(image) for image in images[: len(images) - missing]]
+        # In threads, since zlib holds no lock: at 512 px a file takes a tenth of a second.
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(_png, images[: len(images) - missing]))
 
 
 def _png(image: Image.Image) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,43 +27,87 @@ from transformers import (
 
 from bob.miniature.captioner import new_processor
 
+Config = dict[str, Any]
 
-def build_text_to_image(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """A Stable Diffusion with AutoencoderKL, 16 px, in the layout of the Hub's own folders."""
+# The config.json files of the published models, where they differ from the classes' defaults.
+SD15_UNET: Config = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SD15_TEXT: Config = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+}
+SD21_UNET: Config = {
+    "sample_size": 64,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+SD21_TEXT: Config = {
+    "vocab_size": 49408,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+    "projection_dim": 512,
+}
+SD_VAE: Config = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+TINY_UNET: Config = {
+    "sample_size": 8,
+    "block_out_channels": (32, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 8,
+    "norm_num_groups": 8,
+}
+TINY_TEXT: Config = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+TINY_VAE: Config = {
+    "block_out_channels": (16, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 8,
+}
+
+
+def build_text_to_image(
+    folder: Path,
+    prediction_type: str = "epsilon",
+    *,
+    unet_config: Config = TINY_UNET,
+    text_config: Config = TINY_TEXT,
+    vae_config: Config = TINY_VAE,
+) -> Path:
+    """A random Stable Diffusion in the layout of the Hub's own folders; by default one of 16 px."""
     torch.manual_seed(0)
     tokenizer = build_clip_tokenizer(folder.parent / f"{folder.name}-tokenizer")
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
+            **{"vocab_size": len(tokenizer)} | text_config,
             max_position_embeddings=77,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        norm_num_groups=8,
-        latent_channels=4,
-    )
+    unet = UNet2DConditionModel(**unet_config)
+    vae = AutoencoderKL(**vae_config)
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

@@ -6,12 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft.tuners import lora
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from bob import diffusion, finetune
+from bob import denoising, diffusion, finetune
+from bob.device import autocast
 from bob.errors import BobError
-from tests.builders import build_text_to_image
+from tests.builders import (
+    SD15_TEXT,
+    SD15_UNET,
+    SD21_TEXT,
+    SD21_UNET,
+    TINY_TEXT,
+    TINY_UNET,
+    build_text_to_image,
+)
 
 CPU = torch.device("cpu")
 FP32 = torch.float32
@@ -23,7 +35,15 @@ def base(tmp_path_factory):
 
 
 def settings(**changed):
-    values = {"seed": 0, "batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0, "epochs": 3}
+    values = {
+        "seed": 0,
+        "batch_size": 2,
+        "gradient_accumulation": 1,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "epochs": 3,
+    }
     return types.SimpleNamespace(**values | changed)
 
 
@@ -39,11 +59,15 @@ def fine_tune(base, folder, dtype=FP32, rank=4, **changed):
     diffusion.cast(pipeline.unet, dtype)
     diffusion.cast(pipeline.text_encoder, dtype)
     parameters = diffusion.add_lora(pipeline, rank, 0)
-    finetune.train(
-        pipeline, parameters, means, stds, tokens, settings(**changed), dtype, folder / "curves"
-    )
+    losses = denoising.train(pipeline, parameters, means, stds, tokens, settings(**changed), dtype)
+    finetune.write_curves(folder / "curves", losses)
     diffusion.save_lora(pipeline, folder / "lora")
     return pipeline
+
+
+def trained_weights(base, folder, **changed):
+    fine_tune(base, folder, **changed)
+    return load_file(folder / "lora/pytorch_lora_weights.safetensors")
 
 
 def render(pipeline, count=2, prompt="a bird photo of a wren", steps=3, seeds=None):
@@ -121,6 +145,53 @@ def test_training_writes_the_same_bytes_twice(base, tmp_path, dtype):
     assert contents[0] == contents[1]
 
 
+def test_accumulated_parts_make_the_step_of_the_whole_batch(base, tmp_path):
+    # Small steps, for AdamW's first are of one size and turn rounding of a zero into a sign.
+    whole, parts, other = (
+        trained_weights(base, tmp_path / name, batch_size=4, learning_rate=1e-4, **changed)
+        for name, changed in {
+            "whole": {},
+            "parts": {"gradient_accumulation": 2},
+            "other": {"seed": 1},
+        }.items()
+    )
+    apart = [(whole[name] - parts[name]).abs().mean() for name in whole]
+    unlike = [(whole[name] - other[name]).abs().mean() for name in whole]
+    assert max(apart) < 1e-5 < 1e-4 < max(unlike)
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_gradient_checkpointing_changes_no_bit(base, tmp_path, dtype):
+    plain, saving = (
+        trained_weights(base, tmp_path / str(on), dtype=dtype, gradient_checkpointing=on)
+        for on in (False, True)
+    )
+    assert all(torch.equal(plain[name], saving[name]) for name in plain)
+
+
+def test_gradient_checkpointing_reaches_both_models(base, tmp_path):
+    pipeline = fine_tune(base, tmp_path, epochs=1, gradient_checkpointing=True)
+    assert pipeline.unet.is_gradient_checkpointing
+    assert pipeline.text_encoder.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_our_lora_layer_computes_what_pefts_does(base, dtype):
+    pipeline = diffusion.load(base, CPU)
+    diffusion.cast(pipeline.unet, dtype)
+    for parameter in diffusion.add_lora(pipeline, 4, 0):
+        torch.nn.init.normal_(parameter, std=0.1)
+    layer = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    assert isinstance(layer, diffusion.LoraLinear)
+    x = torch.randn(2, 5, 32)
+    with autocast(CPU, dtype):
+        ours, theirs = layer(x), lora.Linear.forward(layer, x)
+        without = layer.base_layer(x)
+    tolerance = 1e-5 if dtype == FP32 else 3e-2
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+    assert (ours - without).abs().max() > 10 * tolerance
+
+
 def test_fine_tuning_lowers_the_loss(base, tmp_path):
     fine_tune(base, tmp_path, epochs=60, batch_size=4)
     rows = (tmp_path / "curves/plots/metrics/loss.tsv").read_text().splitlines()[1:]
@@ -150,13 +221,13 @@ def test_target_of_v_prediction_is_that_of_the_paper():
     timestep = torch.tensor([10, 900])
     scheduler = DDPMScheduler(prediction_type="v_prediction")
     share = scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
-    target = finetune.prediction_target(scheduler, latents, noise, timestep)
+    target = denoising.prediction_target(scheduler, latents, noise, timestep)
     torch.testing.assert_close(target, share.sqrt() * noise - (1 - share).sqrt() * latents)
 
     epsilon = DDPMScheduler(prediction_type="epsilon")
-    assert finetune.prediction_target(epsilon, latents, noise, timestep) is noise
+    assert denoising.prediction_target(epsilon, latents, noise, timestep) is noise
     with pytest.raises(BobError, match="sample"):
-        finetune.prediction_target(
+        denoising.prediction_target(
             DDPMScheduler(prediction_type="sample"), latents, noise, timestep
         )
 
@@ -169,6 +240,71 @@ def test_a_v_prediction_base_trains_and_samples(tmp_path):
         pipeline.scheduler = sampler(pipeline.scheduler.config)
         assert pipeline.scheduler.config.prediction_type == "v_prediction"
         assert render(pipeline)[0].size == (16, 16)
+
+
+SD21_LIKE_UNET = TINY_UNET | {
+    "cross_attention_dim": 48,
+    "attention_head_dim": [2, 4],
+    "use_linear_projection": True,
+}
+SD21_LIKE_TEXT = TINY_TEXT | {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "hidden_act": "gelu",
+    "projection_dim": 16,
+}
+
+
+def test_the_classes_of_stable_diffusion_2_train_and_sample(tmp_path):
+    base = build_text_to_image(
+        tmp_path / "base", unet_config=SD21_LIKE_UNET, text_config=SD21_LIKE_TEXT
+    )
+    plain = render(diffusion.load(base, CPU), 1)[0]
+    fine_tune(base, tmp_path, epochs=1, gradient_checkpointing=True)
+    assert difference(render(diffusion.load(base, CPU, lora=tmp_path / "lora"), 1)[0], plain) > 0
+
+
+@pytest.mark.parametrize(
+    ("unet_config", "text_config", "unet_size", "unet_lora", "text_lora"),
+    [
+        (SD15_UNET, SD15_TEXT, 859_520_964, 3_188_736, 12 * 4 * 2 * 16 * 768),
+        (SD21_UNET, SD21_TEXT, 865_910_724, 3_319_808, 23 * 4 * 2 * 16 * 1024),
+    ],
+    ids=["v1.5", "v2.1-base"],
+)
+def test_lora_at_full_size_is_that_of_the_papers_recipe(
+    unet_config, text_config, unet_size, unet_lora, text_lora
+):
+    """Shapes alone: on the meta device there are no weights."""
+    with torch.device("meta"):
+        models = types.SimpleNamespace(
+            unet=UNet2DConditionModel(**unet_config),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**text_config)),
+        )
+        for model in (models.unet, models.text_encoder):
+            model.requires_grad_(False)
+        assert models.unet.num_parameters() == unet_size
+        parameters = diffusion.add_lora(models, 16, 0)
+    assert sum(parameter.numel() for parameter in parameters) == unet_lora + text_lora
+    adapted = [name for name, part in models.unet.named_modules() if hasattr(part, "lora_A")]
+    assert len(adapted) == 16 * 2 * 4
+    assert {name.split(".attn")[1][2:] for name in adapted} == set(diffusion.UNET_LORA_TARGETS)
+
+
+def test_large_images_are_decoded_in_equal_parts_to_the_same_pixels(base, monkeypatch):
+    pipeline = diffusion.load(base, CPU)
+    together = render(pipeline, 6)
+    sizes: list[int] = []
+    decode = pipeline.vae.decode
+
+    def counted(part):
+        sizes.append(len(part))
+        return decode(part)
+
+    monkeypatch.setattr(pipeline.vae, "decode", counted)
+    monkeypatch.setattr(diffusion, "DECODED_PIXELS", 4 * 16**2)
+    assert all(difference(*pair) <= 1 for pair in zip(together, render(pipeline, 6), strict=True))
+    assert sizes == [3, 3]
 
 
 def test_an_image_does_not_depend_on_its_place_or_its_neighbours(base):

@@ -148,7 +148,7 @@ def notes(
             lines.append(f"{folder} holds no weights: nothing that was made with them is found")
     lines += [
         f"{stage} does not fit into {gpu.name}: about {metric(one.memory, 'B')} are needed, of "
-        f"{metric(USABLE * gpu.memory, 'B')}" + (f"; lower {one.lower}" if one.lower else "")
+        f"{metric(USABLE * gpu.memory, 'B')}" + (f"; {one.relief}" if one.relief else "")
         for stage, one in work.items()
         if one.memory > USABLE * gpu.memory
     ]

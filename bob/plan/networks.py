@@ -127,7 +127,7 @@ def denoise(pipeline: StableDiffusionPipeline, rows: int) -> Cost:
 
 
 def fine_tuning_step(pipeline: StableDiffusionPipeline, images: int) -> Cost:
-    """Of one step forth and back, as `bob.finetune.train` makes it; LoRA must have been added."""
+    """Of one step forth and back, as `bob.denoising.train` makes it; LoRA must have been added."""
     pipeline.unet.train()
     pipeline.text_encoder.train()
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from bob import benchmark as measuring
 from bob import classify as classifying
-from bob import diffusion, draw, layout
+from bob import denoising, diffusion, draw, layout
 from bob import finetune as fine_tuning
 from bob import generate as generating
 from bob.caption import ATTRIBUTES, QUESTION, accepted_answers, answer_keys
@@ -52,8 +52,8 @@ class Work:
     """Bytes on the GPU at the peak; 0 where it needs none."""
     disk: float = 0
     """Bytes written."""
-    lower: str = ""
-    """The parameter to lower where the memory does not suffice."""
+    relief: str = ""
+    """What to do where the memory does not suffice."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _asking(
         {precision: batches * rows * each},
         # The whole network is in that precision, activations too.
         (network.weights + rows * read.peak) * DTYPES[precision].itemsize // 4,
-        lower="caption.batch_size",
+        relief="lower caption.batch_size",
     )
 
 
@@ -239,24 +239,30 @@ def _finetune(project: Project) -> Work:
     settings, photos = project.params.finetune, project.photos.train
     precision = project.gpu.precision(settings.precision)
     pipeline = networks.text_to_image(model_folder(project.params, "finetune", "base_model"))
-    parts = pipeline.unet, pipeline.text_encoder, pipeline.vae
+    trained = pipeline.unet, pipeline.text_encoder
     batch = min(len(photos), fine_tuning.ENCODE_BATCH)
     encode = networks.encode_images(pipeline, batch)
-    encoding = networks.weight_bytes(*parts) + encode.peak
+    encoding = networks.weight_bytes(*trained, pipeline.vae) + encode.peak
     with networks.META:
         lora = 4 * sum(
             parameter.numel() for parameter in diffusion.add_lora(pipeline, settings.rank, 0)
         )
     steps = settings.epochs * math.ceil(len(photos) / settings.batch_size)
-    step = networks.fine_tuning_step(pipeline, settings.batch_size)
-    _cast(precision, *parts[:2])
-    training = networks.weight_bytes(*parts) + ADAM * lora + step.peak
+    if settings.gradient_checkpointing:
+        denoising.checkpoint_gradients(pipeline)
+    parts_of_batch = settings.gradient_accumulation
+    step = networks.fine_tuning_step(pipeline, settings.batch_size // parts_of_batch)
+    _cast(precision, *trained)
+    training = networks.weight_bytes(*trained) + ADAM * lora + step.peak
     return Work(
         f"{steps:,} steps of {settings.batch_size}, {len(photos):,} photos",
-        flops=_added(("fp32", encode.flops / batch * len(photos)), (precision, steps * step.flops)),
+        flops=_added(
+            ("fp32", encode.flops / batch * len(photos)),
+            (precision, steps * parts_of_batch * step.flops),
+        ),
         memory=max(encoding, training if steps else 0),
         disk=lora,
-        lower="finetune.batch_size",
+        relief="raise finetune.gradient_accumulation",
     )
 
 
@@ -287,7 +293,8 @@ def _generate(project: Project) -> Work:
     rows = batch * (2 if settings.guidance_scale > 1 else 1)
     text = networks.encode_text(pipeline)
     denoise = networks.denoise(pipeline, rows)
-    decode = networks.decode_images(pipeline, batch)
+    at_once = diffusion.decoded_at_once(pipeline, batch)
+    decode = networks.decode_images(pipeline, at_once)
     side = diffusion.resolution(pipeline)
     _cast(precision, pipeline.unet)
     weights = networks.weight_bytes(pipeline.unet, pipeline.text_encoder, pipeline.vae)
@@ -298,11 +305,11 @@ def _generate(project: Project) -> Work:
         _reused(count, new, known),
         _added(
             (precision, batches * evaluations * denoise.flops),
-            ("fp32", batches * decode.flops + texts * text.flops),
+            ("fp32", batches * batch / at_once * decode.flops + texts * text.flops),
         ),
         weights + max(denoise.peak, decode.peak),
         new * side**2 * _png_bytes(),
-        "generate.batch_size",
+        "lower generate.batch_size",
     )
 
 
@@ -376,7 +383,7 @@ def _classify(project: Project) -> Work:
         ),
         held + ADAM * changing + step.peak,
         len(new) * network.weights,
-        "classify.batch_size",
+        "lower classify.batch_size",
     )
 
 
@@ -434,7 +441,7 @@ def _audit(project: Project) -> Work:
             networks.weight_bytes(pipeline.unet, pipeline.text_encoder, pipeline.vae),
             network.weights + look.peak,
         ),
-        lower=work.lower,
+        relief=work.relief,
     )
 
 

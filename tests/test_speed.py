@@ -1,0 +1,53 @@
+"""The scripts of bench/ that measure speed, at a size where speeds mean nothing."""
+
+import subprocess
+import sys
+
+import pytest
+
+from bench import finetune_speed, generate_speed
+from tests.builders import build_text_to_image
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return build_text_to_image(tmp_path_factory.mktemp("models") / "base")
+
+
+def run(script, capsys, monkeypatch, *arguments):
+    """Run a script; returns its exit status and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--peak-tflops", "1", "--repeats", "1"])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    return ended.value.code, capsys.readouterr().out
+
+
+def test_fine_tuning_is_compared_with_and_without_the_text_encoder(base, capsys, monkeypatch):
+    arguments = ("--base", str(base), "--photos", "4", "--batch", "2", "--precision", "fp32")
+    monkeypatch.setattr(finetune_speed, "BOUND", 0.0)
+    status, told = run(finetune_speed, capsys, monkeypatch, *arguments)
+    assert status == 0
+    assert told.count("times as fast") == told.count("ok ") == 2
+    assert told.count("of peak") == 4
+
+
+def test_generation_that_misses_its_bound_ends_with_status_1(base, capsys, monkeypatch):
+    arguments = ("--base", str(base), "--batch", "2", "--calls", "1", "--steps", "2")
+    monkeypatch.setattr(generate_speed, "EQUAL", 0.0)
+    monkeypatch.setattr(generate_speed, "DEFAULT", 1e9)
+    status, told = run(generate_speed, capsys, monkeypatch, *arguments, "--default-steps", "4")
+    assert status == 1
+    assert (told.count("ok "), told.count("BAD ")) == (1, 1)
+
+
+def test_the_scripts_need_no_dvc():
+    """A borrowed machine with a GPU has torch and diffusers, and need have no more."""
+    code = (
+        "import sys, bench.finetune_speed, bench.generate_speed;"
+        "print([name for name in ('dvc', 'dvclive', 'jsonschema', 'timm') if name in sys.modules])"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert told.strip() == "[]"
