@@ -23,6 +23,22 @@ def workspace(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def study_folder(workspace):
+    """The real params and pipeline in the current folder, with models of no size."""
+    from bob.study import plan
+
+    for name in ("params.yaml", "dvc.yaml"):
+        (workspace / name).write_text((ROOT / name).read_text())
+    for name in ("backbone", "base", "captioner"):
+        (workspace / f"models/miniature-{name}").mkdir(parents=True)
+        (workspace / f"models/miniature-{name}/weights").write_text(name)
+    (workspace / "data/contexts").mkdir(parents=True)
+    (workspace / "bob").symlink_to(ROOT / "bob")
+    plan._content.cache_clear()
+    return workspace
+
+
+@pytest.fixture
 def repository(workspace):
     """An empty DVC repository as the current directory."""
     from dvc.repo import Repo

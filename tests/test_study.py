@@ -109,18 +109,11 @@ def test_a_ratio_to_something_near_zero_is_unbounded():
 
 
 @pytest.fixture
-def project(workspace):
-    """The real params and pipeline with models of no size, and a small study."""
-    for name in ("params.yaml", "dvc.yaml"):
-        (workspace / name).write_text((ROOT / name).read_text())
-    for name in ("backbone", "base", "captioner"):
-        (workspace / f"models/miniature-{name}").mkdir(parents=True)
-        (workspace / f"models/miniature-{name}/weights").write_text(name)
-    write_jsonl(workspace / "data/contexts/mine.jsonl", [{"background": "sky", "pose": "left"}])
-    (workspace / "bob").symlink_to(ROOT / "bob")
-    (workspace / "small.yaml").write_text(SMALL)
-    plan._content.cache_clear()
-    return workspace
+def project(study_folder):
+    """A small study."""
+    write_jsonl(study_folder / "data/contexts/mine.jsonl", [{"background": "sky", "pose": "left"}])
+    (study_folder / "small.yaml").write_text(SMALL)
+    return study_folder
 
 
 def small():

@@ -52,18 +52,11 @@ tables:
 
 
 @pytest.fixture
-def project(workspace):
-    """The real params and pipeline with models of no size, and a small study of a grid."""
-    for name in ("params.yaml", "dvc.yaml"):
-        (workspace / name).write_text((ROOT / name).read_text())
-    for name in ("backbone", "base", "captioner"):
-        (workspace / f"models/miniature-{name}").mkdir(parents=True)
-    (workspace / "data/contexts").mkdir(parents=True)
-    (workspace / "bob").symlink_to(ROOT / "bob")
-    (workspace / "grid.yaml").write_text(GRID)
-    (workspace / "presets.yaml").write_text(PRESETS)
-    plan._content.cache_clear()
-    return workspace
+def project(study_folder):
+    """A small study of a grid."""
+    (study_folder / "grid.yaml").write_text(GRID)
+    (study_folder / "presets.yaml").write_text(PRESETS)
+    return study_folder
 
 
 def grid():
