@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bob.gpus import recognise
 from tests.builders import SD15_TEXT, SD15_UNET, SD_VAE, build_text_to_image
-
-# Dense bf16 (of older ones fp16) matrix products, TFLOP/s, by the makers' data sheets.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "L4": 121, "T4": 65}
 
 
 @dataclass
@@ -79,10 +77,9 @@ def report(sides: Sequence[Side], flops: Sequence[float], peak_tflops: float | N
 
 
 def _peak_tflops() -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    """Of half-precision products on this machine's GPU, where it is a known one."""
+    here = recognise(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return here.half if here else None
 
 
 def reached(what: str, ours: Side, theirs: Side, bound: float) -> bool:

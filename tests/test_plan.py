@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPTextConfig
 
-from bob import params
+from bob import gpus, params
 from bob.classifiers import open_backbone
 from bob.cli import cli
 from bob.data import Task
 from bob.errors import BobError
-from bob.plan import duration, gpus, metric, networks, opened, to_do
+from bob.plan import duration, metric, networks, opened, to_do
 from bob.plan.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE
 from bob.plan.shapes import measure
 from bob.plan.work import STAGES

@@ -12,14 +12,13 @@ import click
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from bob import params
+from bob import gpus, params
 from bob.captioner import MAX_NEW_TOKENS
 from bob.device import best_device, dtype_name, resolve_precision
 from bob.endpoint import is_endpoint
 from bob.errors import BobError
 from bob.items import ItemCache
 from bob.params import Params
-from bob.plan import gpus
 from bob.plan.forecast import MAY_RUN, RESTORED, RUNS, Forecast
 from bob.plan.networks import ANSWER_TOKENS
 from bob.plan.work import STAGES, Project, Work, model_folder

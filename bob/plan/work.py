@@ -21,12 +21,12 @@ from bob.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS, open_backbo
 from bob.data import Photo, Task, read_photos, read_task
 from bob.endpoint import is_endpoint
 from bob.files import sha256
+from bob.gpus import Gpu
 from bob.items import ItemCache, tree_hash
 from bob.manifest import read_manifest
 from bob.params import Params
 from bob.plan import networks
 from bob.plan.forecast import UP_TO_DATE, Forecast
-from bob.plan.gpus import Gpu
 from bob.prompts import read_bank
 from bob.split import Dataset, draw_split, read_dataset
 from bob.training import VALIDATIONS, Labelled, Trainer
