@@ -200,8 +200,7 @@ def _gather(source: Path, name: str, benchmark: Benchmark, root: Path) -> None:
         packed = [source / file for file in benchmark.files if not file.endswith(".mat")]
         archives = [] if all(map(find, benchmark.entries)) else [p for p in packed if p.is_file()]
     for archive in archives:
-        with tarfile.open(archive) as tar:
-            tar.extractall(unpacked, filter="data")
+        _unpack(archive, unpacked)
 
     (root / benchmark.folder).mkdir()
     for entry in benchmark.entries:
@@ -212,6 +211,23 @@ def _gather(source: Path, name: str, benchmark: Benchmark, root: Path) -> None:
                 "hold, in one folder"
             )
         (root / benchmark.folder / entry).symlink_to(found.absolute())
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack the plain files of a tar archive; raises ValueError for one that would leave `folder`.
+
+    Not by `extractall`, whose safe filter Python has only since 3.11.4.
+    """
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            target = folder / member.name
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{member.name} would be written outside the destination")
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with content, target.open("wb") as file:
+                    shutil.copyfileobj(content, file)
 
 
 def _distinct(parts: Parts, root: Path) -> Parts:

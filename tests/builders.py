@@ -25,8 +25,6 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from bob.miniature.captioner import new_processor
-
 Config = dict[str, Any]
 
 # The config.json files of the published models, where they differ from the classes' defaults.
@@ -199,6 +197,8 @@ def build_captioner(folder: Path) -> Path:
     A flat configuration, the older files for images and chat, weights in several files, padding on
     the right, and generation that samples and penalises repetition.
     """
+    from bob.miniature.captioner import new_processor  # late: bench/ builds models without DVC
+
     torch.manual_seed(0)
     tokenizer = new_processor().tokenizer
     tokenizer.padding_side = "right"

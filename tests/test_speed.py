@@ -42,7 +42,7 @@ def test_generation_that_misses_its_bound_ends_with_status_1(base, capsys, monke
 
 
 def test_the_scripts_need_no_dvc():
-    """A borrowed machine with a GPU has torch and diffusers, and need have no more."""
+    """A machine with a GPU that has torch and diffusers need have no more."""
     code = (
         "import sys, bench.finetune_speed, bench.generate_speed;"
         "print([name for name in ('dvc', 'dvclive', 'jsonschema', 'timm') if name in sys.modules])"
