@@ -62,14 +62,8 @@ def cached_ask(cache: ItemCache, settings: Any, items: list[Item] | None = None)
 
     The model is loaded for the first answer that is not there; what was asked is added to `items`.
     """
-    folder = Path(settings.model)
-    captioner = open_captioner(
-        folder,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-        image_side=settings.image_side,
-    )
-    keys_of = answer_keys(cache, folder, captioner)
+    captioner = captioner_of(settings)
+    keys_of = answer_keys(cache, Path(settings.model), captioner)
 
     def ask(photos: Sequence[Photo], question: str) -> list[str]:
         def make(numbers: list[int]) -> list[bytes]:
@@ -94,13 +88,24 @@ def cached_ask(cache: ItemCache, settings: Any, items: list[Item] | None = None)
     return ask
 
 
+def captioner_of(settings: Any) -> Captioner:
+    """The captioner by `settings`, the parameters of `caption`; nothing is loaded yet."""
+    return open_captioner(
+        Path(settings.model),
+        precision=settings.precision,
+        batch_size=settings.batch_size,
+        image_side=settings.image_side,
+    )
+
+
 def answer_keys(
     cache: ItemCache, folder: Path, captioner: Captioner
 ) -> Callable[[Sequence[Photo], str], list[str]]:
     """Photos and a question -> the keys in the item cache of the answers of what is in `folder`."""
-    # The folder's content is the model, unless the captioner says that it is elsewhere.
-    common = {"model": cache.content_hash(folder)} | captioner.settings
-    common |= {
+    common = {
+        # The folder's content is the model, unless the captioner says that it is elsewhere.
+        "model": cache.content_hash(folder),
+        **captioner.settings,
         "code": code_hash(captioner.made_by),
         "versions": versions(captioner.libraries),
     }

@@ -23,13 +23,7 @@ def run(params: Params) -> None:
     Images that this repository has made before come from the item cache.
     """
     settings = params.generate
-    planned = plan(
-        read_task(),
-        read_bank(BANK),
-        source=settings.context,
-        images_per_class=settings.images_per_class,
-        seed=settings.seed,
-    )
+    planned = images_of(read_task(), read_bank(BANK), settings)
     base_model = Path(params.finetune.base_model)
     maker = image_maker(base_model, settings)
 
@@ -86,6 +80,17 @@ def image_keys(
         "versions": versions(sampling.LIBRARIES),
     }
     return [item_key(**common, prompt=image.prompt, seed=image.seed) for image in planned]
+
+
+def images_of(task: Task, bank: Sequence[Entry], settings: Any) -> list[Generated]:
+    """The images to be there by `settings`, the parameters of `generate`."""
+    return plan(
+        task,
+        bank,
+        source=settings.context,
+        images_per_class=settings.images_per_class,
+        seed=settings.seed,
+    )
 
 
 def plan(

@@ -62,15 +62,7 @@ def run(params: Params) -> None:
     parts = dict(
         zip(
             (TRAIN, VAL, TEST),
-            draw_split(
-                dataset,
-                shots=params.data.shots,
-                imbalance=params.data.imbalance,
-                seed=params.data.seed,
-                val_per_class=params.data.val_per_class,
-                test_fraction=params.data.test_fraction,
-                name=params.data.name,
-            ),
+            split_of(dataset, params.data),
             strict=True,
         )
     )
@@ -91,6 +83,19 @@ def run(params: Params) -> None:
         _warn("there is no validation photo: classify will keep the last epoch of every training")
     counts = ", ".join(f"{len(photos)} {manifest.stem}" for manifest, photos in parts.items())
     print(f"split: {len(dataset.train)} classes of {dataset.descriptor}; photos: {counts}")
+
+
+def split_of(dataset: Dataset, settings: Any) -> Split:
+    """The split of `dataset` by `settings`, the parameters of `data`; raises as `draw_split`."""
+    return draw_split(
+        dataset,
+        shots=settings.shots,
+        imbalance=settings.imbalance,
+        seed=settings.seed,
+        val_per_class=settings.val_per_class,
+        test_fraction=settings.test_fraction,
+        name=settings.name,
+    )
 
 
 def draw_split(

@@ -38,6 +38,19 @@ def study_folder(workspace):
     return workspace
 
 
+def told_of(path, content, old, new):
+    """The one line that is told of a study's file with `old` in its `content` changed to `new`."""
+    from bob.errors import BobError
+    from bob.study import plan
+
+    assert old in content
+    path.write_text(content.replace(old, new))
+    with pytest.raises(BobError) as caught:
+        plan.read_study(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 @pytest.fixture
 def repository(workspace):
     """An empty DVC repository as the current directory."""

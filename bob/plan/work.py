@@ -15,8 +15,7 @@ from bob import classify as classifying
 from bob import denoising, diffusion, draw, layout
 from bob import finetune as fine_tuning
 from bob import generate as generating
-from bob.caption import ATTRIBUTES, QUESTION, accepted_answers, answer_keys
-from bob.captioner import open_captioner
+from bob.caption import ATTRIBUTES, QUESTION, accepted_answers, answer_keys, captioner_of
 from bob.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS, open_backbone
 from bob.data import Photo, Task, read_photos, read_task
 from bob.endpoint import is_endpoint
@@ -28,7 +27,7 @@ from bob.params import Params
 from bob.plan import networks
 from bob.plan.forecast import UP_TO_DATE, Forecast
 from bob.prompts import read_bank
-from bob.split import Dataset, draw_split, read_dataset
+from bob.split import Dataset, read_dataset, split_of
 from bob.training import VALIDATIONS, Labelled, Trainer
 
 PNG_BYTES = 1.5
@@ -89,15 +88,7 @@ class Project:
         folder = Path("data") / data.name
         known = folder != layout.MINIATURE or self.forecast.states["draw"] == UP_TO_DATE
         dataset = read_dataset(folder) if known else _undrawn(self.params)
-        train, val, test = draw_split(
-            dataset,
-            shots=data.shots,
-            imbalance=data.imbalance,
-            seed=data.seed,
-            val_per_class=data.val_per_class,
-            test_fraction=data.test_fraction,
-            name=data.name,
-        )
+        train, val, test = split_of(dataset, data)
         task = Task(dataset.descriptor, tuple(sorted(dataset.train)))
         return Photos(task, train, val, test, known)
 
@@ -188,13 +179,7 @@ def _asking(
     """
     settings, task = project.params.caption, project.photos.task
     folder = model_folder(project.params, "caption", "model")
-    captioner = open_captioner(
-        folder,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-        image_side=settings.image_side,
-    )
-    keys_of = answer_keys(project.cache, folder, captioner)
+    keys_of = answer_keys(project.cache, folder, captioner_of(settings))
     asked, new, batches = 0, 0, 0
 
     def ask(photos: Sequence[Photo], question: str) -> list[str]:
@@ -320,13 +305,7 @@ def _missing_images(project: Project, folder: Path) -> list[str] | None:
     if not project.photos.known or bank is None or lora is None:
         return None
     settings = project.params.generate
-    planned = generating.plan(
-        project.photos.task,
-        read_bank(bank),
-        source=settings.context,
-        images_per_class=settings.images_per_class,
-        seed=settings.seed,
-    )
+    planned = generating.images_of(project.photos.task, read_bank(bank), settings)
     maker = generating.image_maker(folder, settings)
     keys = generating.image_keys(project.cache, folder, tree_hash(lora), maker, planned)
     there = project.cache.known(keys)
