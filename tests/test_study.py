@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from bob import study as studies
@@ -47,6 +48,7 @@ claims:
     metric: leak
     rows: [{label: BOB, setting: bob}]
     expect_zero: [BOB]
+    contact_sheets: [{label: DataDream, setting: none}, {label: BOB, setting: bob}]
   - id: f
     title: A curve
     metric: top1
@@ -149,6 +151,7 @@ def test_settings_of_the_same_params_are_run_once(project):
             "has two rows",
         ),
         ("none: {seeds: [11, 12, 13]", "none: {seeds: [21]", "have no data seed in common"),
+        ("DataDream, setting: none}, {label: B", "x, setting: no}, {label: B", "the setting 'no'"),
         ("title: A small study", "title: [", "not YAML"),
     ],
 )
@@ -198,6 +201,7 @@ def queued(monkeypatch, **options):
         return []
 
     monkeypatch.setattr(queue, "run_all", run_all)
+    monkeypatch.setattr(queue, "contact_sheets", lambda names: [])
     studies.study(Path("small.yaml"), **options)
     return [(run.setting.name, run.data_seed) for run in asked]
 
@@ -234,6 +238,7 @@ def test_a_run_of_other_params_models_or_code_is_repeated_only_on_demand(
 
 def test_a_failed_run_is_named_after_the_page_is_written(project, monkeypatch):
     monkeypatch.setattr(queue, "run_all", lambda runs, jobs, keep: [runs[0].name])
+    monkeypatch.setattr(queue, "contact_sheets", lambda names: [])
     with pytest.raises(
         BobError, match=r"1 runs failed: study-bob-11-.*dvc queue logs study-bob-11"
     ):
@@ -298,6 +303,18 @@ def test_the_page_and_its_plots_are_the_same_bytes_every_time(project):
         assert "png" not in path.suffix or f"{path.parent.name}/{path.name}" in page_text()
 
 
+def test_contact_sheets_stay_when_the_page_is_written_from_the_results_alone(project):
+    rows = measured(small().runs())
+    page.write(small(), rows)
+    assert "none-11.jpg" not in page_text()
+    sheet = small().plots / "none-11.jpg"
+    sheet.write_bytes(b"taken from the experiment")
+    page.write(small(), rows)
+    assert sheet.read_bytes() == b"taken from the experiment"
+    assert "![Contact sheet, DataDream](small-study/none-11.jpg)" in page_text()
+    assert "bob-11.jpg" not in page_text()
+
+
 # --- banks with and without errors -----------------------------------------------------------
 
 
@@ -340,6 +357,7 @@ claims:
     title: The ceiling
     metric: real_and_synthetic.top1
     rows: [{label: BOB, setting: bob}, {label: guided, setting: guided}, {label: c, setting: drawn}]
+    contact_sheets: [{label: guided, setting: guided}]
 """
 
 
@@ -373,6 +391,10 @@ def test_a_small_study_is_killed_goes_on_and_ends_with_a_page(tmp_path):
     assert [row["setting"] for row in rows] == ["bob", "guided", "drawn"]
     assert len({row["real_only.top1"] for row in rows}) == 1, "the same shots in all three"
     assert rows[0]["leakage.pictures.background"] != ""
-    assert "3 of 3 runs are measured" in (project / "docs/small-study.md").read_text()
+    page = (project / "docs/small-study.md").read_text()
+    assert "3 of 3 runs are measured" in page
+    assert "](small-study/guided-11.jpg)" in page
+    with Image.open(project / "docs/small-study/guided-11.jpg") as sheet:
+        assert sheet.width > sheet.height
     assert (project / "params.yaml").read_text() == params
     assert "3 runs, 3 measured" in run(project, *command)

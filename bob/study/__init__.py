@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from bob.errors import BobError
+from bob.files import replacing_file
 from bob.study import drawn, page, queue
 from bob.study.plan import Run, Study, read_study
 from bob.study.results import Row, read_results, write_results
@@ -37,6 +38,7 @@ def study(
     failed: list[str] = []
     if not page_only:
         failed = _run_missing(plan, jobs, again, only)
+        _take_contact_sheets(plan)
     page.write(plan, read_results(plan.results))
     click.echo(f"study: {plan.page} is written")
     if failed:
@@ -80,6 +82,19 @@ def _run_missing(plan: Study, jobs: int, again: bool, only: Sequence[str]) -> li
         if run.setting.drawn:
             keep([(run, dict(queue.numbers(drawn.measure(run.values))))])
     return failed
+
+
+def _take_contact_sheets(plan: Study) -> None:
+    """Put the contact sheets that the page shows beside its plots, of runs that were done here."""
+    if not plan.sheets:
+        return
+    names = {run.key: run.name for run in plan.runs()}
+    files = {names[sheet.setting.key(sheet.data_seed)]: sheet.file for sheet in plan.sheets}
+    plan.plots.mkdir(parents=True, exist_ok=True)
+    for name, sheet in queue.contact_sheets(files):
+        with replacing_file(plan.plots / files[name]) as draft:
+            # As JPEG, a sixth of the size: git keeps every version.
+            sheet.save(draft, "JPEG", quality=85)
 
 
 def _is_missing(run: Run, rows: dict[tuple[str, int], Row], again: bool) -> bool:

@@ -1,7 +1,8 @@
-"""The page of a study: from the committed results alone, the same bytes every time."""
+"""The page of a study: from what is committed alone, the same bytes every time."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +25,10 @@ Results = Mapping[tuple[str, int], Row]
 
 
 def write(study: Study, rows: Sequence[Row]) -> None:
-    """Write the page and its plots; what is not measured yet is said to be so."""
+    """Write the page and its plots; what is not measured yet is said to be so.
+
+    Contact sheets are kept: results have no pictures.
+    """
     results = {row.run: row for row in rows}
     tables = [Table.of(claim, results) for claim in study.claims]
     with replacing(study.plots) as folder:
@@ -34,12 +38,15 @@ def write(study: Study, rows: Sequence[Row]) -> None:
         pictured = study.figure is not None and _is_measured(study.figure, results)
         if study.figure and pictured:
             _save(_picture(study.figure, results), folder / "figure.png")
+        sheets = [sheet.file for sheet in study.sheets if (study.plots / sheet.file).exists()]
+        for file in sheets:
+            shutil.copyfile(study.plots / file, folder / file)
     parts = [f"# {study.title}", study.about.strip(), _provenance(study, results)]
     if pictured:
         parts.append(f"![{study.figure.title}]({study.plots.name}/figure.png)")  # type: ignore[union-attr]
     parts += [_published(table, results) for table in study.tables]
     parts.append(_summary(tables))
-    parts += [_section(table, study.plots.name) for table in tables]
+    parts += [_section(table, study.plots.name, sheets) for table in tables]
     with replacing_file(study.page) as draft:
         draft.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
 
@@ -59,7 +66,7 @@ class Table:
     @classmethod
     def of(cls, claim: Claim, results: Results) -> "Table":
         """Look up the measurements of `claim`."""
-        wanted = common_seeds(claim.arms)
+        wanted = common_seeds(arm.setting for arm in claim.arms)
         seeds, values = _values(claim.arms, results)
         return cls(claim, wanted, seeds, values)
 
@@ -89,7 +96,7 @@ def _values(arms: Sequence[Arm], results: Results) -> tuple[list[int], dict[str,
     """The data seeds under which all arms are measured, and each arm's values under them."""
     seeds = [
         seed
-        for seed in common_seeds(arms)
+        for seed in common_seeds(arm.setting for arm in arms)
         if all(value(arm, seed, results) is not None for arm in arms)
     ]
     return seeds, {arm.label: [value(arm, seed, results) or 0.0 for seed in seeds] for arm in arms}
@@ -202,7 +209,7 @@ def _summary(tables: Sequence[Table]) -> str:
     return _markdown(["", "claim", ""], rows)
 
 
-def _section(table: Table, plots: str) -> str:
+def _section(table: Table, plots: str, sheets: Collection[str]) -> str:
     claim = table.claim
     parts = [f"## {_heading(claim)}", claim.about.strip()]
     if not table.seeds:
@@ -235,6 +242,12 @@ def _section(table: Table, plots: str) -> str:
         else f"{verdict}."
     )
     parts.append(f"![{claim.title}]({plots}/{claim.id}.png)")
+    parts += [
+        f"{sheet.label}, data seed {sheet.data_seed}: real on the left, generated on the right.\n\n"
+        f"![Contact sheet, {sheet.label}]({plots}/{sheet.file})"
+        for sheet in claim.sheets
+        if sheet.file in sheets
+    ]
     return "\n\n".join(filter(None, parts))
 
 

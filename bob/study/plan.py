@@ -71,6 +71,20 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Sheet:
+    """A run whose contact sheet the page shows."""
+
+    label: str
+    setting: Setting
+    data_seed: int
+
+    @property
+    def file(self) -> str:
+        """Its name among the page's plots."""
+        return f"{self.setting.name}-{self.data_seed}.jpg"
+
+
+@dataclass(frozen=True)
 class Claim:
     """What a table is to show. `expect` decides whether the claim holds; `show` does not."""
 
@@ -88,6 +102,7 @@ class Claim:
     show: tuple[Mapping[str, str], ...]
     share: Mapping[str, str] | None
     """`{of: A, from: B, to: C}`: (A - B) / (C - B)."""
+    sheets: tuple[Sheet, ...]
 
     @property
     def differences(self) -> tuple[Mapping[str, str], ...]:
@@ -153,6 +168,11 @@ class Study:
     def plots(self) -> Path:
         """The folder of the page's plots."""
         return DOCS / f"{self.path.stem}-study"
+
+    @property
+    def sheets(self) -> list[Sheet]:
+        """The contact sheets that the page shows."""
+        return [sheet for claim in self.claims for sheet in claim.sheets]
 
     def part(self, patterns: Sequence[str]) -> "Study":
         """The study of those settings alone whose name fits one of `patterns` (`clip-*`).
@@ -238,6 +258,7 @@ def _claim(path: Path, entry: Mapping[str, Any], settings: Mapping[str, Setting]
         tuple(entry.get("expect_zero", [])),
         tuple(entry.get("show", [])),
         entry.get("share"),
+        _sheets(where, entry.get("contact_sheets", []), settings),
     )
     labels = [arm.label for arm in claim.arms]
     named = [*claim.expect_zero, *(claim.share or {}).values()]
@@ -249,9 +270,23 @@ def _claim(path: Path, entry: Mapping[str, Any], settings: Mapping[str, Setting]
         raise BobError(f"{where} has two rows of one label: {', '.join(labels)}")
     if claim.x and not all(isinstance(row["label"], int | float) for row in entry["rows"]):
         raise BobError(f"{where} is a curve over {claim.x}: its labels have to be numbers")
-    if not common_seeds(claim.arms):
+    if not common_seeds(arm.setting for arm in claim.arms):
         raise BobError(f"{where}: its settings have no data seed in common")
     return claim
+
+
+def _sheets(
+    where: str, entries: Sequence[Mapping[str, str]], settings: Mapping[str, Setting]
+) -> tuple[Sheet, ...]:
+    """The contact sheets of a claim, all of the first data seed that their settings share."""
+    named = [(entry["label"], _setting(where, entry["setting"], settings)) for entry in entries]
+    for _, setting in named:
+        if setting.drawn or setting.swept:
+            raise BobError(f"{where}: {setting.name}, drawn or a sweep, has no contact sheet")
+    seeds = common_seeds(setting for _, setting in named) if named else []
+    if named and not seeds:
+        raise BobError(f"{where}: the settings of its contact sheets have no data seed in common")
+    return tuple(Sheet(label, setting, seeds[0]) for label, setting in named)
 
 
 def _published(path: Path, entry: Mapping[str, Any], settings: Mapping[str, Setting]) -> Published:
@@ -300,9 +335,7 @@ def _arms(
 
 
 def _arm(where: str, label: str, name: str, metric: str, settings: Mapping[str, Setting]) -> Arm:
-    if name not in settings:
-        raise BobError(f"{where} names the setting {name!r}; {nearest(name, settings)}")
-    arm = Arm(label, settings[name], metric)
+    arm = Arm(label, _setting(where, name, settings), metric)
     if arm.setting.swept and not arm.chosen_by:
         raise BobError(
             f"{where}: {metric} of {name}, a sweep, has no counterpart on validation to choose by; "
@@ -311,9 +344,15 @@ def _arm(where: str, label: str, name: str, metric: str, settings: Mapping[str, 
     return arm
 
 
-def common_seeds(arms: Iterable[Arm]) -> list[int]:
-    """The data seeds that all arms are measured under: what they are compared on."""
-    return sorted(set.intersection(*(set(arm.setting.seeds) for arm in arms)))
+def _setting(where: str, name: str, settings: Mapping[str, Setting]) -> Setting:
+    if name not in settings:
+        raise BobError(f"{where} names the setting {name!r}; {nearest(name, settings)}")
+    return settings[name]
+
+
+def common_seeds(settings: Iterable[Setting]) -> list[int]:
+    """The data seeds that all settings are measured under: what they are compared on."""
+    return sorted(set.intersection(*(set(setting.seeds) for setting in settings)))
 
 
 def fingerprints(

@@ -5,24 +5,29 @@ The queue and the experiments are DVC's, so `dvc queue status`, `dvc queue logs`
 """
 
 import hashlib
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 import dvc.api
 import psutil
+from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from PIL import Image
 from scmrepo.exceptions import SCMError
 
 from bob.errors import BobError
-from bob.layout import ACCURACY_METRICS, SYNTHETIC_METRICS
+from bob.layout import ACCURACY_METRICS, AUDIT, SYNTHETIC_METRICS
 from bob.study.plan import TARGETS, Run
 
+SHEET = AUDIT / "contact_sheets/01.png"
 POLL_SECONDS = 5
 IDLE_POLLS = 6  # polls without any worker after which none will come; one takes seconds to start
 
@@ -129,15 +134,33 @@ def _follow(left: dict[str, Run], keep: Callable[[Measured], None]) -> list[str]
 
 def _finished(left: dict[str, Run]) -> Measured:
     """Take the runs that are finished out of `left`, with their metrics."""
+    revisions = _revisions()
+    for name in [name for name in left if name in revisions]:
+        yield left[name], metrics(revisions[name])
+        del left[name]
+
+
+def contact_sheets(names: Iterable[str]) -> Iterator[tuple[str, Image.Image]]:
+    """Those of the named experiments that were run here, with the first contact sheet of each.
+
+    One whose sheet is no longer in DVC's cache is left out.
+    """
+    revisions = _revisions()
+    for name in names:
+        if name in revisions:
+            files = DVCFileSystem(rev=revisions[name])
+            with suppress(FileNotFoundError):
+                yield name, Image.open(io.BytesIO(files.read_bytes(SHEET.as_posix())))
+
+
+def _revisions() -> dict[str, str]:
+    """Name -> revision of every experiment that is finished."""
     with Repo() as repo:
-        revisions = {
+        return {
             name: revision
             for experiments in repo.experiments.ls(all_commits=True).values()
             for name, revision in experiments
         }
-    for name in [name for name in left if name in revisions]:
-        yield left[name], metrics(revisions[name])
-        del left[name]
 
 
 def metrics(revision: str) -> dict[str, float]:
