@@ -24,12 +24,17 @@ def made(log: Path) -> dict[str, list[int]]:
 
 
 class CountedCache(ItemCache):
-    """An item cache that logs what it has made."""
+    """An item cache that logs what it makes."""
 
-    def _make(self, batch: Any, *rest: Any) -> dict[str, str]:
-        with Path(os.environ[LOG]).open("a") as log:
-            log.write(f"{self._stage} {len(batch)}\n")  # one write: lines of several stay whole
-        return super()._make(batch, *rest)
+    def take(self, keys: Any, make: Any, *rest: Any) -> list[str]:
+        def logged(positions: list[int]) -> list[Any]:
+            with Path(os.environ[LOG]).open("a") as log:
+                # One write: lines of several stay whole.
+                log.write(f"{self._stage} {len(positions)}\n")
+            made: list[Any] = make(positions)
+            return made
+
+        return super().take(keys, logged, *rest)
 
 
 if __name__ == "__main__":

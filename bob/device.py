@@ -43,6 +43,17 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype)
 
 
+def fastest_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The memory format in which a UNet computes fastest under autocast to `dtype`.
+
+    channels_last for the convolutions; but on a CPU in bf16, group normalisation takes seven times
+    as long in it, more than the convolutions gain.
+    """
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The name a `precision` parameter has for `dtype`: bf16, fp16 or fp32."""
     return next(name for name, known in _DTYPES.items() if known == dtype)

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners import lora
 from PIL import Image
 
-from bob.device import autocast
+from bob.device import autocast, fastest_layout
 from bob.errors import BobError
 
 logging.disable_progress_bar()  # a bar for five files is noise beside the stage's own
@@ -79,12 +79,11 @@ def load(folder: Path, device: torch.device, lora: Path | None = None) -> Stable
         pipeline.load_lora_weights(str(lora))
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
-    pipeline.unet.to(memory_format=torch.channels_last)
     return pipeline.to(device)
 
 
 def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of products in `dtype`, in which autocast multiplies anyway.
+    """Keep the weights of products in `dtype`, in which autocast multiplies anyway, and lay out.
 
     Norms and embeddings stay in fp32: on the CPU a norm in bf16 refuses fp32 activations. To be
     called after a LoRA is fused, because in bf16 its small changes would be rounded away.
@@ -92,6 +91,8 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
     for part in module.modules():
         if isinstance(part, torch.nn.Linear | torch.nn.Conv2d):
             part.to(dtype)
+    device = next(module.parameters()).device
+    module.to(memory_format=fastest_layout(device, dtype))
 
 
 def resolution(pipeline: StableDiffusionPipeline) -> int:

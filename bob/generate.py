@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from bob import sampling
 from bob.data import Task, read_task
 from bob.files import replacing
@@ -27,13 +29,13 @@ def run(params: Params) -> None:
     base_model = Path(params.finetune.base_model)
     maker = image_maker(base_model, settings)
 
-    def make(numbers: list[int]) -> list[bytes]:
+    def make(numbers: list[int]) -> list[Image.Image]:
         batch = [planned[number] for number in numbers]
         return maker.make([image.prompt for image in batch], [image.seed for image in batch])
 
     with ItemCache("generate") as cache:
         keys = image_keys(cache, base_model, cache.content_hash(LORA), maker, planned)
-        oids = cache.take(keys, make, settings.batch_size, "generating")
+        oids = cache.take(keys, make, settings.batch_size, "generating", sampling.png)
         with replacing(GENERATE) as folder:
             (folder / "images").mkdir()
             cache.place(oids, [folder / image.file for image in planned])

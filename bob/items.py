@@ -7,8 +7,9 @@ The bytes are an object in DVC's local cache, which every experiment of a reposi
 is an SQLite file beside it.
 
 An object is written before its row in the index, so a process that is killed leaves at worst an
-object without a row, and loses at most the batch it was making. Whatever is taken is hashed first:
-DVC itself does not notice an altered object.
+object without a row, and loses at most the batch it was making, with what of the one before was
+still on its way to the disk. Whatever is taken is hashed first: DVC itself does not notice an
+altered object.
 """
 
 import ast
@@ -21,6 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -54,7 +56,7 @@ def code_hash(modules: Iterable[str]) -> str:
     hashed = hashlib.sha256()
     for module in sorted(modules):
         source = resources.files("bob").joinpath(f"{module}.py").read_text("utf-8")
-        hashed.update(f"{module}\n{_bare(source)}\n".encode())
+        hashed.update(f"{module}\n{bare(source)}\n".encode())
     return hashed.hexdigest()
 
 
@@ -63,7 +65,8 @@ class _NoDocstrings(ast.NodeTransformer):
         return None if isinstance(node.value, ast.Constant) else node
 
 
-def _bare(source: str) -> str:
+def bare(source: str) -> str:
+    """Python source without comments, docstrings and layout."""
     # Source again and not a dump of the tree: a dump differs from one Python to the next.
     return ast.unparse(_NoDocstrings().visit(ast.parse(source)))
 
@@ -284,14 +287,16 @@ class ItemCache:
     def take(
         self,
         keys: Sequence[str],
-        make: Callable[[list[int]], list[bytes]],
+        make: Callable[[list[int]], list[Any]],
         batch_size: int,
         progress: str = "",
+        encode: Callable[[Any], bytes] = bytes,
     ) -> list[str]:
         """The object ids of the items with these keys, in order; what is missing is made.
 
-        `make` gets positions in `keys`, at most `batch_size` of them, and returns the items' bytes;
-        it is not called where all items are there. Of items with the same key one is made.
+        `make` gets positions in `keys`, at most `batch_size` of them, and returns the items; it is
+        not called where all items are there. Of items with the same key one is made. `encode` turns
+        an item into its bytes. A batch is encoded and kept in threads while the next one is made.
 
         Several processes help each other: each announces a batch before it makes it and goes round
         what another has announced. What is still missing in the end it waits for, but no longer
@@ -303,7 +308,12 @@ class ItemCache:
         waiting = deque(key for key in dict.fromkeys(keys) if key not in oids)
         left_to_others: list[str] = []
         slowest, give_up = 0.0, None
-        with tqdm(total=len(waiting), desc=progress, disable=None if waiting else True) as bar:
+        kept: Future[dict[str, str]] | None = None
+        with (
+            tqdm(total=len(waiting), desc=progress, disable=None if waiting else True) as bar,
+            ThreadPoolExecutor() as encoders,
+            ThreadPoolExecutor(1) as keeper,
+        ):
             while waiting or left_to_others:
                 batch: list[str] = []
                 while waiting and len(batch) < batch_size:
@@ -329,17 +339,22 @@ class ItemCache:
                     batch, left_to_others = left_to_others[:batch_size], left_to_others[batch_size:]
                 if batch:
                     began = time.monotonic()
-                    oids |= self._make(batch, [position[key] for key in batch], make)
+                    items = make([position[key] for key in batch])
+                    encoded = [encoders.submit(encode, item) for item in items]
+                    if kept:  # before the next, so that no more than two are in memory
+                        oids |= kept.result()
+                    kept = keeper.submit(self._keep, batch, encoded)
                     slowest = max(slowest, time.monotonic() - began)
                     bar.update(len(batch))
+            if kept:
+                oids |= kept.result()
         return [oids[key] for key in keys]
 
-    def _make(
-        self, batch: Sequence[str], positions: list[int], make: Callable[[list[int]], list[bytes]]
-    ) -> dict[str, str]:
+    def _keep(self, batch: Sequence[str], encoded: Sequence["Future[bytes]"]) -> dict[str, str]:
+        items = [future.result() for future in encoded]
         rows = [
             Row(key, self._put(item), len(item), self._stage)
-            for key, item in zip(batch, make(positions), strict=True)
+            for key, item in zip(batch, items, strict=True)
         ]
         self.index.add(rows)
         self.made += len(rows)

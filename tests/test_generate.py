@@ -16,7 +16,7 @@ from bob.layout import BANK, CLASSES, GENERATE, GENERATED, GENERATED_ITEMS, LORA
 from bob.manifest import check_files, read_manifest
 from bob.params import Params
 from bob.prompts import Context, Entry, read_bank, write_bank
-from bob.sampling import ImageMaker
+from bob.sampling import ImageMaker, png
 from tests.builders import build_text_to_image
 from tests.tiny_project import tree
 
@@ -185,10 +185,14 @@ def test_an_image_does_not_depend_on_place_neighbours_or_how_many_are_made(model
         batch_size=3,
     )
     prompts = ["a bird photo of a wren", "a bird photo of a tit", "green leaves"]
-    together = maker.make(prompts, [5, 6, 7])
+
+    def files(prompts, seeds):
+        return [png(image) for image in maker.make(prompts, seeds)]
+
+    together = files(prompts, [5, 6, 7])
     assert len(set(together)) == 3
-    assert maker.make(prompts[::-1], [7, 6, 5]) == together[::-1]
-    assert [
-        maker.make([text], [seed])[0] for text, seed in zip(prompts, [5, 6, 7], strict=True)
-    ] == (together)
+    assert files(prompts[::-1], [7, 6, 5]) == together[::-1]
+    assert [files([text], [seed])[0] for text, seed in zip(prompts, [5, 6, 7], strict=True)] == (
+        together
+    )
     assert Image.open(io.BytesIO(together[0])).size == (16, 16)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,34 @@ def test_a_run_that_fails_loses_no_more_than_the_batch_in_flight(repository):
     with pytest.raises(KeyboardInterrupt), ItemCache("test") as cache:
         cache.take(KEYS, failing, 4)
     assert take()[1] == [8, 9]
+
+
+def test_a_batch_is_encoded_and_kept_while_the_next_one_is_made(repository):
+    kept_meanwhile = []
+
+    def make(positions):
+        if positions[0] == 4:
+            patience = time.monotonic() + 20
+            while len(Index(INDEX).find(KEYS[:4])) < 4 and time.monotonic() < patience:
+                time.sleep(0.01)
+            kept_meanwhile.extend(Index(INDEX).find(KEYS[:4]))
+        return positions
+
+    with ItemCache("test") as cache:
+        oids = cache.take(KEYS, make, 4, encode=lambda position: f"item {position}".encode())
+        assert [cache.read(oid) for oid in oids] == [f"item {n}".encode() for n in range(10)]
+    assert len(kept_meanwhile) == 4
+
+
+def test_what_cannot_be_encoded_ends_the_run_and_keeps_the_batches_before(repository):
+    def encode(position):
+        if position == 5:
+            raise BobError("no room for 5")
+        return b"item"
+
+    with pytest.raises(BobError, match="no room for 5"), ItemCache("test") as cache:
+        cache.take(KEYS, list, 4, encode=encode)
+    assert len(Index(INDEX).all()) == 4
 
 
 # --- what is not trusted ---------------------------------------------------------------------

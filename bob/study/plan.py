@@ -13,6 +13,7 @@ from typing import Any
 
 from bob.errors import BobError
 from bob.files import sha256
+from bob.items import bare
 from bob.layout import CONTEXTS
 from bob.params import PARAMS, PIPELINE, check, read_yaml
 from bob.study.settings import Setting, nearest, overridden, read_settings
@@ -368,7 +369,7 @@ def fingerprints(
     deps = {dep for stage in needed.values() for dep in stage["deps"]}
     made = {out for stage in needed.values() for out in stage["outs"]}
     brought = sorted(dep for dep in deps if not any(_lies_in(dep, out) for out in made))
-    code = {dep: _content(dep) for dep in brought if dep.startswith("bob/")}
+    code = {dep: _code(dep) for dep in brought if dep.startswith("bob/")}
     files = {dep: _content(dep) for dep in brought if not dep.startswith("bob/")}
     read = {key: _value(values, key) for stage in needed.values() for key in stage["params"]}
     contexts = (values["caption"]["bank"], values["generate"]["context"])
@@ -417,6 +418,12 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value[part]
     return value
+
+
+@functools.cache
+def _code(dep: str) -> str:
+    """Hash of what a module does, so that a comment makes no measurement outdated."""
+    return _short(bare(Path(dep).read_text("utf-8")))
 
 
 @functools.cache
