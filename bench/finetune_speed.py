@@ -2,9 +2,9 @@
 
 That is `examples/text_to_image/train_text_to_image_lora.py` at its defaults, driven by accelerate:
 photos are decoded and augmented and captions tokenised by a DataLoader, and both are encoded with
-the autoencoder and the text encoder in every step. Same
-model, photos, batch, precision and LoRA targets. The script has no LoRA on the text encoder, ours
-has; so both are measured with and without one, and the bound holds for both.
+the autoencoder and the text encoder in every step. Same model, photos, batch, precision and LoRA
+targets. The script has no LoRA on the text encoder, ours has; so both are measured with and without
+one, and the bound holds for both.
 
 On the miniature and the CPU; `--sd15` builds Stable Diffusion v1.5 at 512 px with random weights,
 for a GPU. Ours is charged for encoding the photos as its share of a run of EPOCHS. Exits with
@@ -55,9 +55,7 @@ def stock(
         base, dtype=torch.float32, safety_checker=None, local_files_only=True
     ).to(device)
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    accelerator = Accelerator(
-        mixed_precision=PRECISIONS[dtype], cpu=device.type == "cpu", gradient_accumulation_steps=1
-    )
+    accelerator = Accelerator(mixed_precision=PRECISIONS[dtype], cpu=device.type == "cpu")
     # --mixed_precision: all frozen weights in it, LoRA in fp32, autocast around the trained models.
     for model in (unet, vae, text_encoder):
         model.requires_grad_(False)

@@ -1,6 +1,5 @@
 """Two ways to do the same work, timed in turns; photos and a Stable Diffusion v1.5 to do it on."""
 
-import io
 import resource
 import statistics
 import time
@@ -105,10 +104,3 @@ def build_sd15(folder: Path) -> Path:
     return build_text_to_image(
         folder, unet_config=SD15_UNET, text_config=SD15_TEXT, vae_config=SD_VAE
     )
-
-
-def png(image: Image.Image) -> bytes:
-    """An image as a PNG file, with Pillow's own settings."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -37,8 +37,9 @@ def study(
     plan = read_study(path)
     failed: list[str] = []
     if not page_only:
-        failed = _run_missing(plan, jobs, again, only)
-        _take_contact_sheets(plan)
+        runs = plan.runs()
+        failed = _run_missing(plan, runs, jobs, again, only)
+        _take_contact_sheets(plan, runs)
     page.write(plan, read_results(plan.results))
     click.echo(f"study: {plan.page} is written")
     if failed:
@@ -48,10 +49,11 @@ def study(
         )
 
 
-def _run_missing(plan: Study, jobs: int, again: bool, only: Sequence[str]) -> list[str]:
+def _run_missing(
+    plan: Study, everything: Sequence[Run], jobs: int, again: bool, only: Sequence[str]
+) -> list[str]:
     """Run, measure and write down what is missing; the names of the runs that failed."""
     rows = {row.run: row for row in read_results(plan.results)}
-    everything = plan.runs()
     runs = plan.part(only).runs() if only else everything
     missing = [run for run in runs if _is_missing(run, rows, again)]
     stale = sum(run.key in rows and not rows[run.key].is_of(run) for run in runs)
@@ -84,11 +86,11 @@ def _run_missing(plan: Study, jobs: int, again: bool, only: Sequence[str]) -> li
     return failed
 
 
-def _take_contact_sheets(plan: Study) -> None:
-    """Put the contact sheets that the page shows beside its plots, of runs that were done here."""
+def _take_contact_sheets(plan: Study, runs: Iterable[Run]) -> None:
+    """Put the contact sheets of those `runs` that were done here beside the plots of the page."""
     if not plan.sheets:
         return
-    names = {run.key: run.name for run in plan.runs()}
+    names = {run.key: run.name for run in runs}
     files = {names[sheet.setting.key(sheet.data_seed)]: sheet.file for sheet in plan.sheets}
     plan.plots.mkdir(parents=True, exist_ok=True)
     for name, sheet in queue.contact_sheets(files):

@@ -280,12 +280,14 @@ def _sheets(
     where: str, entries: Sequence[Mapping[str, str]], settings: Mapping[str, Setting]
 ) -> tuple[Sheet, ...]:
     """The contact sheets of a claim, all of the first data seed that their settings share."""
+    if not entries:
+        return ()
     named = [(entry["label"], _setting(where, entry["setting"], settings)) for entry in entries]
     for _, setting in named:
         if setting.drawn or setting.swept:
             raise BobError(f"{where}: {setting.name}, drawn or a sweep, has no contact sheet")
-    seeds = common_seeds(setting for _, setting in named) if named else []
-    if named and not seeds:
+    seeds = common_seeds(setting for _, setting in named)
+    if not seeds:
         raise BobError(f"{where}: the settings of its contact sheets have no data seed in common")
     return tuple(Sheet(label, setting, seeds[0]) for label, setting in named)
 

@@ -17,7 +17,6 @@ from typing import Any
 import click
 import dvc.api
 import psutil
-from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from PIL import Image
@@ -148,7 +147,7 @@ def contact_sheets(names: Iterable[str]) -> Iterator[tuple[str, Image.Image]]:
     revisions = _revisions()
     for name in names:
         if name in revisions:
-            files = DVCFileSystem(rev=revisions[name])
+            files = dvc.api.DVCFileSystem(rev=revisions[name])
             with suppress(FileNotFoundError):
                 yield name, Image.open(io.BytesIO(files.read_bytes(SHEET.as_posix())))
 
