@@ -135,7 +135,14 @@ def stock(
 
 
 def ours(
-    base: Path, photos: list[Path], captions: list[str], dtype: torch.dtype, batch: int, text: bool
+    base: Path,
+    photos: list[Path],
+    captions: list[str],
+    dtype: torch.dtype,
+    batch: int,
+    text: bool,
+    *,
+    compiled: bool,
 ) -> Callable[[], int]:
     """bob's loop; a run is EPOCHS_A_TURN, and their share of encoding the photos."""
     pipeline = diffusion.load(base, best_device())
@@ -152,6 +159,7 @@ def ours(
         batch_size=batch,
         gradient_accumulation=1,
         gradient_checkpointing=False,
+        compile=compiled,
         learning_rate=1e-4,
         warmup_steps=0,
         epochs=EPOCHS_A_TURN,
@@ -192,6 +200,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--photos", type=int, default=56, help="an epoch")
     parser.add_argument("--photo-size", type=int, help="pixels; the model's own by default")
+    parser.add_argument("--compile", action="store_true", help="ours with finetune.compile")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak-tflops", type=float, help="of the device, dense, in that precision")
     arguments = parser.parse_args()
@@ -208,7 +217,7 @@ def main() -> None:
         for text_too in (True, False):
             what = "LoRA on UNet and text encoder" if text_too else "LoRA on the UNet alone"
             task = (base, photos, captions, dtype, arguments.batch, text_too)
-            mine = side(f"bob, {what}", partial(ours, *task))
+            mine = side(f"bob, {what}", partial(ours, *task, compiled=arguments.compile))
             theirs = side(f"stock, {what}", partial(stock, *task))
             take_turns([mine, theirs], arguments.repeats)
             flops = flops_of_image(base, arguments.batch, text_too)

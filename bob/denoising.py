@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_cosine_schedule_with_warmup
+from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
 from bob.device import autocast
@@ -69,6 +70,8 @@ def train(
     pipeline.text_encoder.train()
     if settings.gradient_checkpointing:
         checkpoint_gradients(pipeline)
+    if settings.compile:
+        pipeline.unet.compile()  # in place, so that the weights keep their names
     for epoch in tqdm(
         range(len(losses), settings.epochs),
         "fine-tuning",
@@ -94,7 +97,7 @@ def train(
                 with autocast(device, dtype):
                     # Lowered once, or every layer's keys and values would do it again.
                     text = pipeline.text_encoder(tokens[index])[0].to(dtype)
-                    prediction = pipeline.unet(noisy, timestep, text).sample
+                    prediction = _predict(pipeline.unet, noisy, timestep, text)
                 target = prediction_target(noise_scheduler, latents, noise, timestep)
                 loss = torch.nn.functional.mse_loss(prediction.float(), target)
                 scaler.scale(loss / settings.gradient_accumulation).backward()
@@ -125,6 +128,19 @@ def train(
                 }
             )
     return losses
+
+
+def _predict(
+    unet: Any, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
+) -> torch.Tensor:
+    try:
+        prediction: torch.Tensor = unet(noisy, timestep, text).sample
+    except TorchDynamoException as error:
+        raise BobError(
+            f"finetune.compile: {str(error).strip().splitlines()[0]}; torch.compile needs a C++ "
+            "compiler and Python's headers; without them, set finetune.compile to false"
+        ) from None
+    return prediction
 
 
 def checkpoint_gradients(pipeline: Any) -> None:

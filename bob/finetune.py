@@ -31,6 +31,7 @@ DECIDING = (
     "batch_size",
     "gradient_accumulation",
     "gradient_checkpointing",
+    "compile",
     "seed",
 )
 ENCODE_BATCH = 8

@@ -40,6 +40,7 @@ def settings(**changed):
         "batch_size": 2,
         "gradient_accumulation": 1,
         "gradient_checkpointing": False,
+        "compile": False,
         "learning_rate": 1e-2,
         "warmup_steps": 0,
         "epochs": 3,
@@ -173,6 +174,20 @@ def test_gradient_checkpointing_reaches_both_models(base, tmp_path):
     pipeline = fine_tune(base, tmp_path, epochs=1, gradient_checkpointing=True)
     assert pipeline.unet.is_gradient_checkpointing
     assert pipeline.text_encoder.is_gradient_checkpointing
+
+
+@pytest.mark.slow
+def test_compiled_training_comes_to_the_same_weights_but_for_rounding(base, tmp_path):
+    try:
+        compiled = trained_weights(base, tmp_path / "compiled", learning_rate=1e-4, compile=True)
+    except BobError as error:
+        assert "set finetune.compile to false" in str(error)
+        pytest.skip(f"nothing can be compiled here: {error}")
+    plain = trained_weights(base, tmp_path / "plain", learning_rate=1e-4)
+    other = trained_weights(base, tmp_path / "other", learning_rate=1e-4, seed=1)
+    apart = [(plain[name] - compiled[name]).abs().mean() for name in plain]
+    unlike = [(plain[name] - other[name]).abs().mean() for name in plain]
+    assert max(apart) < 1e-5 < 1e-4 < max(unlike)
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])

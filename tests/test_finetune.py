@@ -28,6 +28,7 @@ SETTINGS = {
     "batch_size": 2,
     "gradient_accumulation": 1,
     "gradient_checkpointing": False,
+    "compile": False,
     "precision": "fp32",
     "seed": 0,
 }
