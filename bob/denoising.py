@@ -1,6 +1,7 @@
 """Training a LoRA on the noise-prediction loss: latents and token ids in, weights changed."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,8 @@ def train(
     if settings.gradient_checkpointing:
         checkpoint_gradients(pipeline)
     if settings.compile:
+        # A cached function that asks for torch's version: diffusers', and harmless when traced.
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         pipeline.unet.compile()  # in place, so that the weights keep their names
     for epoch in tqdm(
         range(len(losses), settings.epochs),

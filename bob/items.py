@@ -350,7 +350,7 @@ class ItemCache:
                 oids |= kept.result()
         return [oids[key] for key in keys]
 
-    def _keep(self, batch: Sequence[str], encoded: Sequence["Future[bytes]"]) -> dict[str, str]:
+    def _keep(self, batch: Sequence[str], encoded: Sequence[Future[bytes]]) -> dict[str, str]:
         items = [future.result() for future in encoded]
         rows = [
             Row(key, self._put(item), len(item), self._stage)
