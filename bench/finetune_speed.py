@@ -221,7 +221,7 @@ def main() -> None:
             theirs = side(f"stock, {what}", partial(stock, *task))
             take_turns([mine, theirs], arguments.repeats)
             flops = flops_of_image(base, arguments.batch, text_too)
-            report([mine, theirs], [flops, flops], arguments.peak_tflops)
+            report([mine, theirs], [flops, flops], dtype, arguments.peak_tflops)
             good &= reached(what, mine, theirs, BOUND)
     sys.exit(not good)
 

@@ -62,9 +62,11 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def report(sides: Sequence[Side], flops: Sequence[float], peak_tflops: float | None) -> None:
+def report(
+    sides: Sequence[Side], flops: Sequence[float], dtype: torch.dtype, peak_tflops: float | None
+) -> None:
     """Print rate, model FLOP utilisation and memory; `flops` are each side's for one image."""
-    peak_tflops = peak_tflops or _peak_tflops()
+    peak_tflops = peak_tflops or _peak_tflops(dtype)
     for one, each in zip(sides, flops, strict=True):
         tflops = one.rate * each / 1e12
         used = f"{tflops / peak_tflops:5.1%} of peak" if peak_tflops else "--peak-tflops not given"
@@ -75,10 +77,12 @@ def report(sides: Sequence[Side], flops: Sequence[float], peak_tflops: float | N
         print(f"peak memory of all together: {peak / 2**30:.1f} GiB")
 
 
-def _peak_tflops() -> float | None:
-    """Of half-precision products on this machine's GPU, where it is a known one."""
+def _peak_tflops(dtype: torch.dtype) -> float | None:
+    """Of products in `dtype` on this machine's GPU, where it is a known one."""
     here = recognise(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    return here.half if here else None
+    if here is None:
+        return None
+    return here.single if dtype == torch.float32 else here.half
 
 
 def reached(what: str, ours: Side, theirs: Side, bound: float) -> bool:

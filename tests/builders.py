@@ -191,7 +191,7 @@ QWEN_CHAT_TEMPLATE = (
 )
 
 
-def build_captioner(folder: Path) -> Path:
+def build_captioner(folder: Path, tied: bool = False) -> Path:
     """A Qwen2.5-VL of random bf16 weights, in the files that the Hub's have.
 
     A flat configuration, the older files for images and chat, weights in several files, padding on
@@ -215,7 +215,7 @@ def build_captioner(folder: Path) -> Path:
         "max_position_embeddings": 4096,
         "rope_theta": 1000000.0,
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,  # the 3B's are
         "bos_token_id": special["<|endoftext|>"],
         "eos_token_id": special["<|im_end|>"],
         "image_token_id": special["<|image_pad|>"],

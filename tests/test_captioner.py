@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
 from bob.captioner import open_captioner
@@ -41,6 +42,26 @@ def answers(folder, images, precision="fp32", batch_size=1, image_side=768):
         for start in range(0, len(images), batch_size)
         for answer in captioner.answer(images[start : start + batch_size], QUESTION)
     ]
+
+
+def test_embeddings_that_are_also_the_head_are_loaded_as_such(tmp_path, monkeypatch):
+    """As in Qwen2.5-VL-3B, whose files have no weights of a head."""
+    folder = build_captioner(tmp_path / "tied", tied=True)
+    stored = {n: w for file in folder.glob("*.safetensors") for n, w in load_file(file).items()}
+    assert not any("lm_head" in name for name in stored)
+    heads = []
+    evaluate = Qwen2_5_VLForConditionalGeneration.eval
+
+    def look(model):
+        heads.append((model.lm_head.weight, model.get_input_embeddings().weight))
+        return evaluate(model)
+
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "eval", look)
+    assert len(answers(folder, PICTURES, "fp32", batch_size=3)) == len(PICTURES)
+    head, embeddings = heads[-1]
+    assert head is embeddings
+    (name,) = (name for name in stored if "embed_tokens" in name)
+    assert torch.equal(head, stored[name].float())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -300,6 +300,25 @@ def test_a_vision_transformer_with_its_own_input_size_trains_and_is_rebuilt(proj
     load_classifier(trained, "real_only", 0)
 
 
+@pytest.mark.parametrize(
+    ("network", "given"),
+    [("test_resnet", {}), ("test_vit", {"layer_decay": 0.75, "learning_rate": 1e-3})],
+    ids=["as ResNet-50", "as MAE"],
+)
+def test_networks_of_the_papers_kinds_learn_the_task(
+    project: Path, network: str, given: dict[str, float]
+) -> None:
+    make_project(project, train=8, val=10, generated=8)
+    torch.manual_seed(0)
+    headless = timm.create_model(network, num_classes=0)
+    size = {"input_size": (3, 32, 32)} if network == "test_resnet" else {}
+    timm.models.save_for_hf(headless, "models/kind", safe_serialization=True, data_config=size)
+    classify.run(classify_params(backbone="models/kind", epochs=20, seeds=[0], **given))
+    trained = read_trained()
+    assert (trained.validation["real_and_synthetic"]["0"]["top1"] or 0) > 80  # chance is 33
+    load_classifier(trained, "real_and_synthetic", 0)
+
+
 def test_layer_decay_holds_back_the_layers_far_from_the_head(project: Path) -> None:
     before = timm.create_model("local-dir:models/tiny", pretrained=True).state_dict()
 

@@ -1,5 +1,6 @@
 """The text-to-image side on a small random Stable Diffusion."""
 
+import math
 import types
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from peft.tuners import lora
 from PIL import Image
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from bob import denoising, diffusion, finetune
@@ -119,6 +121,8 @@ def test_the_text_encoder_is_trained_as_well(base, tmp_path):
 
 def test_lora_is_on_every_attention_projection_and_nothing_else(base):
     pipeline = diffusion.load(base, CPU)
+    diffusion.cast(pipeline.unet, torch.bfloat16)
+    diffusion.cast(pipeline.text_encoder, torch.bfloat16)
     parameters = diffusion.add_lora(pipeline, 4, 0)
     attention_layers = sum(
         name.endswith(("attn1", "attn2")) for name, _ in pipeline.unet.named_modules()
@@ -144,6 +148,49 @@ def test_training_writes_the_same_bytes_twice(base, tmp_path, dtype):
         fine_tune(base, tmp_path / name, dtype=dtype, epochs=1)
         contents.append((tmp_path / name / "lora/pytorch_lora_weights.safetensors").read_bytes())
     assert contents[0] == contents[1]
+
+
+def test_a_lora_trained_in_bf16_is_kept_in_fp32(base, tmp_path):
+    weights = trained_weights(base, tmp_path, dtype=torch.bfloat16, epochs=1)
+    assert {tensor.dtype for tensor in weights.values()} == {FP32}
+    assert any((tensor != tensor.bfloat16()).any() for tensor in weights.values())
+
+
+def test_steps_are_adamws_with_clipped_gradients_at_a_rate_that_warms_up_and_falls(base, request):
+    """The published recipe: betas, weight decay and clipping, linear warm-up and half a cosine."""
+    pipeline = diffusion.load(base, CPU)
+    means, stds = diffusion.encode_images(pipeline, photos(4))
+    tokens = diffusion.tokenize(pipeline, ["a wren"] * 4)
+    parameters = diffusion.add_lora(pipeline, 4, 0)
+    for parameter in parameters:  # so that a gradient is long enough to be clipped
+        parameter.data *= 30
+    steps, raw = [], []
+
+    def see(optimizer, *_):
+        (group,) = optimizer.param_groups
+        norm = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(p.grad) for p in group["params"]])
+        )
+        steps.append((optimizer, dict(group), float(norm)))
+
+    request.addfinalizer(register_optimizer_step_pre_hook(see).remove)
+    # The gradient of the last parameter arrives before any is clipped.
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda p: raw.append(float(p.grad.norm())))
+    given = settings(warmup_steps=3, epochs=5, learning_rate=1e-3)
+    denoising.train(pipeline, parameters, means, stds, tokens, given, FP32)
+    assert len(steps) == 10
+    assert all(type(optimizer) is torch.optim.AdamW for optimizer, *_ in steps)
+    assert all(len(group["params"]) == len(parameters) for _, group, _ in steps)
+    assert {(group["betas"], group["weight_decay"]) for _, group, _ in steps} == {
+        ((0.9, 0.999), 1e-2)
+    }
+    rates = [group["lr"] for _, group, _ in steps]
+    risen = [1e-3 * step / 3 for step in range(3)]
+    falling = [1e-3 * (1 + math.cos(math.pi * step / 7)) / 2 for step in range(7)]
+    assert rates == pytest.approx(risen + falling)
+    assert max(raw) > 1, "nothing to clip: the test says nothing"
+    assert max(norm for *_, norm in steps) == pytest.approx(1, abs=1e-4)
 
 
 def test_accumulated_parts_make_the_step_of_the_whole_batch(base, tmp_path):
@@ -178,13 +225,15 @@ def test_gradient_checkpointing_reaches_both_models(base, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_training_comes_to_the_same_weights_but_for_rounding(base, tmp_path):
+    # With all that shares the step with it.
+    given = {"learning_rate": 1e-4, "gradient_accumulation": 2, "gradient_checkpointing": True}
     try:
-        compiled = trained_weights(base, tmp_path / "compiled", learning_rate=1e-4, compile=True)
+        compiled = trained_weights(base, tmp_path / "compiled", compile=True, **given)
     except BobError as error:
         assert "set finetune.compile to false" in str(error)
         pytest.skip(f"nothing can be compiled here: {error}")
-    plain = trained_weights(base, tmp_path / "plain", learning_rate=1e-4)
-    other = trained_weights(base, tmp_path / "other", learning_rate=1e-4, seed=1)
+    plain = trained_weights(base, tmp_path / "plain", **given)
+    other = trained_weights(base, tmp_path / "other", seed=1, **given)
     apart = [(plain[name] - compiled[name]).abs().mean() for name in plain]
     unlike = [(plain[name] - other[name]).abs().mean() for name in plain]
     assert max(apart) < 1e-5 < 1e-4 < max(unlike)

@@ -1,7 +1,11 @@
 """The finetune stage on a small random Stable Diffusion: killed, resumed, and refused."""
 
+import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from bob.layout import BANK, CLASSES, FINETUNE, TRAIN
 from bob.params import Params
 from bob.prompts import Context, Entry, write_bank
 from tests.builders import build_photos, build_text_to_image
+from tests.conftest import ROOT
 from tests.tiny_project import tree
 
 SETTINGS = {
@@ -95,6 +100,34 @@ def kill_after(epochs, monkeypatch, **changed):
         patch.setattr(Checkpoint, "save", save_and_die)
         with pytest.raises(Killed):
             run(**changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", [{}, {"precision": "bf16", "gradient_accumulation": 2}])
+def test_a_process_that_is_killed_goes_on_to_the_same_bytes(project, steps, changed):
+    given = {"epochs": 60} | changed
+    undisturbed = run(**given)
+    all_steps = len(steps)
+    code = (
+        "import json, sys; from bob import checkpoints, finetune; from bob.params import Params;"
+        "checkpoints.SECONDS_BETWEEN = 0.0;"
+        "finetune.run(Params({'finetune': json.loads(sys.argv[1])}, 'finetune'))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(SETTINGS | given)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    while not list(KEPT.glob("*.pt")):
+        assert process.poll() is None, "it ended before it had a checkpoint"
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    steps.clear()
+    assert run(**given) == undisturbed
+    assert 0 < len(steps) < all_steps
+    assert list(KEPT.glob("*.pt")) == []
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(project, steps, monkeypatch):

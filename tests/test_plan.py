@@ -1,6 +1,7 @@
 """`bob plan`: what it foresees is what DVC and the stages then do."""
 
 import importlib
+import json
 import re
 import shutil
 
@@ -21,7 +22,7 @@ from bob.plan import duration, metric, networks, opened, to_do
 from bob.plan.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE
 from bob.plan.shapes import measure
 from bob.plan.work import STAGES
-from tests.builders import build_clip
+from tests.builders import build_clip, build_text_to_image
 from tests.conftest import ROOT
 from tests.dvc_project import dvc, make_project, ran, restored, set_params
 
@@ -264,6 +265,15 @@ def test_stable_diffusion_has_its_published_size(stable_diffusion):
 
 
 # --- memory ------------------------------------------------------------------------------------
+
+
+def test_another_pipeline_is_refused_as_the_stages_refuse_it(tmp_path):
+    folder = build_text_to_image(tmp_path / "base")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionXLPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(BobError, match=r"base: no Stable Diffusion \(1\.x or 2\.x\) .*XLPipeline"):
+        networks.text_to_image(folder)
 
 
 def test_the_peak_is_what_is_alive_at_once():

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from bench import finetune_speed, generate_speed
+from bench import finetune_speed, generate_speed, speed
 from tests.builders import build_text_to_image
 from tests.conftest import ROOT
 
@@ -36,10 +37,20 @@ def test_generation_that_misses_its_bound_ends_with_status_1(base, capsys, monke
     arguments = ("--base", str(base), "--batch", "2", "--calls", "1", "--steps", "2")
     monkeypatch.setattr(generate_speed, "EQUAL", 0.0)
     monkeypatch.setattr(generate_speed, "BATCHED", 0.0)
+    monkeypatch.setattr(generate_speed, "DEFAULT_BATCHED", 0.0)
     monkeypatch.setattr(generate_speed, "DEFAULT", 1e9)
     status, told = run(generate_speed, capsys, monkeypatch, *arguments, "--default-steps", "4")
     assert status == 1
-    assert (told.count("ok "), told.count("BAD ")) == (2, 1)
+    assert (told.count("ok "), told.count("BAD ")) == (3, 1)
+
+
+def test_utilisation_is_of_the_peak_in_the_precision_computed_in(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    side = speed.Side("one", lambda: 1, peak_bytes=2**30, rates=[10.0])
+    for dtype, share in ((torch.bfloat16, "0.1%"), (torch.float32, "1.5%")):
+        speed.report([side], [1e11], dtype, None)
+        assert f" {share} of peak" in capsys.readouterr().out
 
 
 def test_the_scripts_need_no_dvc():

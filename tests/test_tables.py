@@ -1,7 +1,6 @@
 """The paper's tables: presets, grids, sweeps chosen on validation, the page, and one run by DVC."""
 
 import csv
-import json
 from pathlib import Path
 from statistics import fmean
 
@@ -317,6 +316,25 @@ def test_a_table_of_the_paper_can_be_planned_and_its_page_written(
             assert cells[line.label, "ours"][0] != page.DASH
 
 
+def test_full_is_the_recipe_of_the_published_scripts():
+    full = read_yaml(ROOT / "experiments/presets.yaml")["full"]
+    recipe = {
+        "finetune.rank": 16,
+        "finetune.learning_rate": 1e-4,
+        "finetune.warmup_steps": 100,
+        "finetune.epochs": 400,
+        "finetune.batch_size": 8,
+        "finetune.precision": "fp32",
+        "generate.images_per_class": 100,
+        "generate.guidance_scale": 2.0,
+        "generate.steps": 50,
+        "generate.sampler": "pndm",
+        "generate.seed": 42,
+        "classify.mix_probability": 0.2,
+    }
+    assert {key: full[key] for key in recipe} == recipe
+
+
 def test_the_papers_means_are_those_of_its_figures():
     lines = [
         row["paper"]
@@ -333,39 +351,76 @@ def test_the_papers_means_are_those_of_its_figures():
 # --- run by DVC ------------------------------------------------------------------------------
 
 
-def make_small(project, points):
+TABLE_SWITCHES = {"finetune.context", "generate.context", "data.imbalance"}
+
+
+def make_small(project, name, points):
     """Let every preset be the miniature, and every sweep `points` values of the real weight."""
     presets = read_yaml(project / "experiments/presets.yaml")
-    switches = {"finetune.context", "generate.context"}
     small = {
-        name: {key: preset[key] for key in switches & preset.keys()}
-        for name, preset in presets.items()
-        if ".jsonl" not in json.dumps(preset)
+        preset: {key: values[key] for key in TABLE_SWITCHES & values.keys()}
+        for preset, values in presets.items()
     }
+    content = read_yaml(project / f"experiments/{name}.yaml")
+    content["sweep"] = {"classify.real_weight": points}
+    for one in content.get("grids", []):
+        one.pop("params", None)  # more shots than the miniature has
+        one.pop("sweep", None)
     yaml = YAML()
-    with (project / "experiments/presets.yaml").open("w") as file:
-        yaml.dump(presets.fromkeys(presets, {}) | small, file)
-    content = read_yaml(project / "experiments/table-1.yaml")
-    for one in content["grids"]:
-        one["sweep"] = {"classify.real_weight": points}
-    with (project / "experiments/table-1.yaml").open("w") as file:
-        yaml.dump(content, file)
+    for path, values in (("presets", small), (name, content)):
+        with (project / f"experiments/{path}.yaml").open("w") as file:
+            yaml.dump(values, file)
+    contexts = project / "data/contexts/gpt-aircraft.jsonl"
+    contexts.parent.mkdir(parents=True, exist_ok=True)
+    contexts.write_text('{"background": "fog", "pose": "left"}\n')
+    run(project, "git", "add", "--all")
+    run(project, "git", "commit", "--quiet", "--message", "small")
+
+
+def fill(project, name, setting):
+    """Run one setting of a table; returns the rows of its CSV, its page and what was printed."""
+    command = ["-m", "bob", "study", f"experiments/{name}.yaml", "--only", setting]
+    output = run(project, "python", *command)
+    with (project / f"docs/{name}-study.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return rows, (project / f"docs/{name}-study.md").read_text(), output
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_part_of_the_papers_main_table_is_filled_by_dvc(tmp_path):
     project = make_project(tmp_path)
-    make_small(project, [0.2, 0.8])
-    run(project, "git", "commit", "--quiet", "--all", "--message", "small")
-    command = ["-m", "bob", "study", "experiments/table-1.yaml", "--only", "clip-aircraft-sd21-bob"]
-    output = run(project, "python", *command)
+    make_small(project, "table-1", [0.2, 0.8])
+    rows, text, output = fill(project, "table-1", "clip-aircraft-sd21-bob")
     assert "study: 2 runs, 0 measured" in output
-    with (project / "docs/table-1-study.csv").open() as file:
-        rows = list(csv.DictReader(file))
     assert len(rows) == 2
     best = max(rows, key=lambda row: float(row["real_and_synthetic.val_top1"]))
-    _, cells = table((project / "docs/table-1-study.md").read_text(), "Stable Diffusion 2.1-base")
+    _, cells = table(text, "Stable Diffusion 2.1-base")
     top1 = f"{float(best['real_and_synthetic.top1']):.2f}"
     assert cells["CLIP, BOB", "ours"] == [top1] * 5, "all datasets are the miniature"
     assert cells["CLIP, DataDream", "ours"] == [page.DASH] * 5
+    printed = table(output.split("\n\nstudy: ")[0], "Stable Diffusion 2.1-base")
+    assert printed == table(text, "Stable Diffusion 2.1-base")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("name", "setting", "title", "label"),
+    [
+        ("long-tail", "cub-lt-10-bob", "CUB-LT", "10, BOB"),
+        ("ablation", "marginalization", "Preservation and marginalization", "marginalization"),
+        ("context-sources", "gpt-contexts", "Contexts from", "100 written by GPT"),
+    ],
+)
+def test_a_part_of_the_papers_other_tables_is_filled_by_dvc(tmp_path, name, setting, title, label):
+    project = make_project(tmp_path)
+    make_small(project, name, [0.5])
+    (row,), text, _ = fill(project, name, setting)
+    columns, cells = table(text, title)
+    metrics = read_yaml(project / f"experiments/{name}.yaml")["tables"][0]["columns"].values()
+    keys = [metric if "." in metric else f"real_and_synthetic.{metric}" for metric in metrics]
+    measured = [f"{float(row[key]):.2f}" if row.get(key) else page.DASH for key in keys]
+    assert cells[label, "ours"] == measured
+    assert cells[label, "ours"][0] != page.DASH
+    assert len(columns) == len(keys)

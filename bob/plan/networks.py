@@ -59,6 +59,8 @@ def text_to_image(folder: Path) -> StableDiffusionPipeline:
 
     def make() -> StableDiffusionPipeline:
         index = StableDiffusionPipeline.load_config(folder, local_files_only=True)
+        if (kind := index.get("_class_name")) != "StableDiffusionPipeline":
+            raise ValueError(f"they are of a {kind}")
         autoencoder = getattr(diffusers, index["vae"][1])
         pipeline = StableDiffusionPipeline(
             vae=autoencoder.from_config(autoencoder.load_config(folder / "vae")),

@@ -25,7 +25,7 @@ def study(
     only: Sequence[str] = (),
     page_only: bool = False,
 ) -> None:
-    """Run what is missing of the study at `path`, `jobs` runs at once, and write its page.
+    """Run what is missing of the study at `path`, `jobs` at once; write its page, print its tables.
 
     A run that stands in the study's CSV is not repeated, unless `again` is set and its code, models
     or params have changed since. With `only`, patterns of names, no other settings are run; with
@@ -40,7 +40,7 @@ def study(
         runs = plan.runs()
         failed = _run_missing(plan, runs, jobs, again, only)
         _take_contact_sheets(plan, runs)
-    page.write(plan, read_results(plan.results))
+    click.echo(f"\n{page.write(plan, read_results(plan.results))}\n")
     click.echo(f"study: {plan.page} is written")
     if failed:
         raise BobError(

@@ -24,10 +24,11 @@ DASH, UNKNOWN = "\N{EN DASH}", "not known"
 Results = Mapping[tuple[str, int], Row]
 
 
-def write(study: Study, rows: Sequence[Row]) -> None:
-    """Write the page and its plots; what is not measured yet is said to be so.
+def write(study: Study, rows: Sequence[Row]) -> str:
+    """Write the page and its plots; returns what of it answers the study's question in short.
 
-    Contact sheets are kept: results have no pictures.
+    That is the tables beside the paper's, and what became of each claim. What is not measured yet
+    is said to be so. Contact sheets are kept: results have no pictures.
     """
     results = {row.run: row for row in rows}
     tables = [Table.of(claim, results) for claim in study.claims]
@@ -44,11 +45,13 @@ def write(study: Study, rows: Sequence[Row]) -> None:
     parts = [f"# {study.title}", study.about.strip(), _provenance(study, results)]
     if pictured:
         parts.append(f"![{study.figure.title}]({study.plots.name}/figure.png)")  # type: ignore[union-attr]
-    parts += [_published(table, results) for table in study.tables]
-    parts.append(_summary(tables))
+    published = [_published(table, results) for table in study.tables]
+    parts += [*published, _summary(tables)]
     parts += [_section(table, study.plots.name, sheets) for table in tables]
     with replacing_file(study.page) as draft:
         draft.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    verdicts = [f"{_heading(table.claim)}: {table.verdict}" for table in tables]
+    return "\n\n".join(filter(None, [*published, "\n".join(verdicts)]))
 
 
 @dataclass(frozen=True)
@@ -279,8 +282,12 @@ def _anchor(claim: Claim) -> str:
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    """A table whose columns also stand below each other in a terminal."""
+    lines = [[cell.replace("|", "/") for cell in line] for line in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = ([c.ljust(width) for c, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def _number(value: float) -> str:
