@@ -56,6 +56,10 @@ def _prepare_libraries() -> None:
     # Threads that wait for each other must not spin: with another process on the machine, as
     # `dvc exp run --jobs 2` has, spinning makes small networks ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # dvclive tells VS Code of a step by one file in the repository's root. Of experiments that are
+    # run at once, one removes it when another is about to, and that one fails. Each gets its own.
+    if "DVC_ROOT" in os.environ:
+        os.environ["DVC_ROOT"] = str(Path.cwd())
 
 
 def _add_stage(name: str, help_line: str) -> None:

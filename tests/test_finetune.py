@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from bob import checkpoints, denoising, finetune
+from bob import checkpoints, denoising, finetune, params
 from bob.checkpoints import Checkpoint
+from bob.cli import cli
 from bob.data import Photo, Task, write_photos, write_task
 from bob.errors import BobError
 from bob.files import sha256
@@ -180,3 +182,16 @@ def test_a_checkpoint_is_due_after_its_time(tmp_path, monkeypatch):
 def test_a_batch_that_cannot_be_cut_is_told_in_one_line(project):
     with pytest.raises(BobError, match=r"batch_size 2 .*gradient_accumulation 3.*multiple"):
         run(gradient_accumulation=3)
+
+
+def test_experiments_that_run_at_once_share_no_file_of_dvclives(
+    project, tmp_path_factory, monkeypatch
+):
+    """Its signal to VS Code, in the root that DVC names to all queued experiments."""
+    root = tmp_path_factory.mktemp("repository")
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    given = Params({"finetune": SETTINGS | {"epochs": 1}}, "finetune")
+    monkeypatch.setattr(params, "for_stage", lambda _: given)
+    CliRunner().invoke(cli, ["finetune"], catch_exceptions=False)
+    assert (FINETUNE / "curves").exists()
+    assert list(root.iterdir()) == []
