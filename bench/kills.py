@@ -4,7 +4,8 @@
 
 A third of the kills (SIGKILL) hits DVC alone, a third the stage alone, a third the whole group.
 After each, no process of the killed run may be left; the rerun's output must be the undisturbed one
-byte for byte, and the items begun in both may exceed the need by no more than the batch in flight.
+byte for byte, and the items begun in both may exceed the need by no more than the batch being made and
+the one before it, which is kept meanwhile.
 """
 
 import hashlib
@@ -50,7 +51,7 @@ class Kill:
     excess: int
     """Items begun in the killed run and the rerun, less the need."""
     in_flight: int
-    """The greatest excess that is allowed: the batch in flight."""
+    """The greatest excess that is allowed: the batches in flight."""
     faults: tuple[str, ...]
 
 
