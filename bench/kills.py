@@ -4,8 +4,8 @@
 
 A third of the kills (SIGKILL) hits DVC alone, a third the stage alone, a third the whole group.
 After each, no process of the killed run may be left; the rerun's output must be the undisturbed one
-byte for byte, and the items begun in both may exceed the need by no more than the batch being made and
-the one before it, which is kept meanwhile.
+byte for byte, and the items begun in both may exceed the need by no more than the batch being made
+and the one before it, which is kept meanwhile.
 """
 
 import hashlib
