@@ -12,12 +12,11 @@ times as fast.
 """
 
 import argparse
-import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ GUIDANCE = 2.0
 
 def prompts() -> Iterator[str]:
     """A new one each time."""
-    for number in itertools.count():
+    for number in count():
         yield f"a aircraft photo of a variant {number % 8} in the sky {number} background"
 
 
@@ -89,7 +88,6 @@ def ours(
         precision=dtype_name(dtype),
         batch_size=batch,
     )
-
     asked = prompts()
 
     def run() -> int:
@@ -162,7 +160,7 @@ def main() -> None:
         flops = flops_of_step(base)
         # PNDM computes its second step twice.
         evaluations = [steps, steps, steps, default_steps + 1, default_steps + 1]
-        report(sides, [flops * count for count in evaluations], dtype, arguments.peak_tflops)
+        report(sides, [flops * each for each in evaluations], dtype, arguments.peak_tflops)
     mine, *others = sides
     wanted = {
         "equal steps": EQUAL,

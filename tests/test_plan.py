@@ -264,9 +264,6 @@ def test_stable_diffusion_has_its_published_size(stable_diffusion):
     assert networks.denoise(stable_diffusion, 4).flops == 4 * denoise.flops
 
 
-# --- memory ------------------------------------------------------------------------------------
-
-
 def test_another_pipeline_is_refused_as_the_stages_refuse_it(tmp_path):
     folder = build_text_to_image(tmp_path / "base")
     index = json.loads((folder / "model_index.json").read_text())
@@ -274,6 +271,9 @@ def test_another_pipeline_is_refused_as_the_stages_refuse_it(tmp_path):
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(BobError, match=r"base: no Stable Diffusion \(1\.x or 2\.x\) .*XLPipeline"):
         networks.text_to_image(folder)
+
+
+# --- memory ------------------------------------------------------------------------------------
 
 
 def test_the_peak_is_what_is_alive_at_once():

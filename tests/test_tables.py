@@ -351,14 +351,12 @@ def test_the_papers_means_are_those_of_its_figures():
 # --- run by DVC ------------------------------------------------------------------------------
 
 
-TABLE_SWITCHES = {"finetune.context", "generate.context", "data.imbalance"}
-
-
 def make_small(project, name, points):
     """Let every preset be the miniature, and every sweep `points` values of the real weight."""
     presets = read_yaml(project / "experiments/presets.yaml")
+    switches = {"finetune.context", "generate.context", "data.imbalance"}
     small = {
-        preset: {key: values[key] for key in TABLE_SWITCHES & values.keys()}
+        preset: {key: values[key] for key in switches & values.keys()}
         for preset, values in presets.items()
     }
     content = read_yaml(project / f"experiments/{name}.yaml")
