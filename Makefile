@@ -17,6 +17,7 @@ test: setup
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
 	pytest
 
 setup: $(READY)

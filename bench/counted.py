@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bob.__main__ import main
-from bob.items import ItemCache
+from bob.cache.items import ItemCache
 
 LOG = "BOB_MADE_LOG"
 
@@ -39,7 +39,7 @@ class CountedCache(ItemCache):
 
 if __name__ == "__main__":
     # The stage's own module is not imported yet: what it will import is this.
-    import bob.items
+    import bob.cache.items
 
-    bob.items.ItemCache = CountedCache  # type: ignore[misc]
+    bob.cache.items.ItemCache = CountedCache  # type: ignore[misc]
     main()

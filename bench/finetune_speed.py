@@ -36,8 +36,8 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from bench.speed import build_sd15, reached, report, side, take_turns, write_photos
-from bob import denoising, diffusion
-from bob.device import best_device, resolve_precision
+from bob.models import denoising, diffusion
+from bob.models.device import best_device, resolve_precision
 
 BOUND = 1.5
 EPOCHS = 60  # of params.yaml; the paper's are 400

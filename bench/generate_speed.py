@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.speed import build_sd15, reached, report, side, take_turns
-from bob import diffusion
-from bob.device import best_device, dtype_name, resolve_precision
-from bob.sampling import ImageMaker, png
+from bob.models import diffusion
+from bob.models.device import best_device, dtype_name, resolve_precision
+from bob.models.sampling import ImageMaker, png
 
 EQUAL, BATCHED = 2.0, 1.0
 DEFAULT, DEFAULT_BATCHED = 4.0, 2.0

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bob import draw
-from bob.classifiers import load_timm
-from bob.data import open_image
-from bob.layout import GENERATE
-from bob.manifest import read_manifest
+from bob.formats.layout import GENERATE
+from bob.formats.manifest import read_manifest
+from bob.formats.photos import open_image
+from bob.miniature import world
 from bob.miniature.backbone import SOFTENED, augmented
 from bob.miniature.corpus import as_input, draw_pictures
+from bob.models.backbones import load_timm
 
-NAMES = [variant.name for variant in draw.TASK]
-FAMILIES = [variant.family for variant in draw.TASK]
+NAMES = [variant.name for variant in world.TASK]
+FAMILIES = [variant.family for variant in world.TASK]
 # Streams of pictures that neither the dataset nor the corpus has.
 JUDGE_SEED, CHECK_SEED = 1_000_011, 1_000_012
 BATCH = 64
@@ -33,14 +33,14 @@ BATCH = 64
 
 def pictures(indices: range, seed: int) -> tuple[Tensor, Tensor]:
     """Every class in every context for each index: float32 [N, 3, 64, 64] in [-1, 1], labels."""
-    drawn = draw_pictures(draw.TASK, indices, seed)
+    drawn = draw_pictures(world.TASK, indices, seed)
     return drawn.tensor(slice(None)), torch.from_numpy(drawn.variant)
 
 
 def train_judge(images: Tensor, labels: Tensor, steps: int) -> nn.Module:
     """The backbone, fine-tuned; half of the batches are softened, as generated images are soft."""
     torch.manual_seed(0)
-    judge = load_timm(Path("models/miniature-backbone"), len(draw.TASK)).train()
+    judge = load_timm(Path("models/miniature-backbone"), len(world.TASK)).train()
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=5e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = torch.Generator().manual_seed(0)

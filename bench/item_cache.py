@@ -18,11 +18,12 @@ from pathlib import Path
 
 import click
 
-from bob.data import Task
-from bob.generate import plan
-from bob.items import ItemCache, item_key
-from bob.manifest import Generated
-from bob.prompts import Context, Entry
+from bob.cache.items import ItemCache
+from bob.cache.recipe import item_key
+from bob.formats.manifest import Generated
+from bob.formats.photos import Task
+from bob.formats.prompts import Context, Entry
+from bob.stages.generate import plan
 
 CLASSES = 100
 SETTINGS = {"model": "0" * 32, "lora": "0" * 32, "code": "0" * 64, "steps": 20, "batch_size": 32}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bench.counted import made
-from bob.items import Index
+from bob.cache.index import Index
 from tests.dvc_project import made_log
 
 

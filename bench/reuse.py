@@ -26,7 +26,8 @@ from typing import Any
 import click
 
 from bench.project import batches_made, clear_log, forget_items, object_of
-from bob.items import Index, read_items
+from bob.cache.index import Index
+from bob.cache.lists import read_items
 from tests.dvc_project import TINY, dvc, make_project, ran, read_params, restored, run, set_params
 
 SETTINGS = TINY | {"generate": {"images_per_class": 8, "steps": 2, "batch_size": 2}}

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from bob import params
 from bob.errors import BobError
+from bob.formats import params
 
 STAGES = {
     "draw": "Draw the embedded miniature dataset into data/miniature.",
@@ -71,7 +71,7 @@ def _add_stage(name: str, help_line: str) -> None:
             die_with_dvc()
         stage_params = params.for_stage(name)
         _prepare_libraries()
-        importlib.import_module(f"bob.{name}").run(stage_params)
+        importlib.import_module(f"bob.stages.{name}").run(stage_params)
 
 
 for _name, _help_line in STAGES.items():
@@ -86,7 +86,7 @@ def fetch(model: str, folder: Path) -> None:
 
     COMMIT is the full 40-digit commit of the Hub repository, so that everyone gets the same bytes.
     """
-    from bob.fetch import fetch as fetch_model
+    from bob.commands.fetch import fetch as fetch_model
 
     fetch_model(model, folder)
 
@@ -107,7 +107,7 @@ def dataset(name: str, source: Path | None, folder: Path | None) -> None:
 
     Stanford Cars is no longer published: give its files with --from.
     """
-    from bob.datasets import dataset as bring_dataset
+    from bob.commands.datasets import dataset as bring_dataset
 
     bring_dataset(name, source, folder or Path("data") / name)
 
@@ -120,7 +120,7 @@ def plan(gpu: str | None) -> None:
     Runs nothing, and needs of the models only their config files.
     """
     _prepare_libraries()
-    from bob.plan import plan as print_plan
+    from bob.commands.plan import plan as print_plan
 
     print_plan(gpu)
 
@@ -133,7 +133,7 @@ def verify(stages: tuple[str, ...]) -> None:
     Runs each stage (all, if none is named) in a temporary folder that holds only its declared
     dependencies and params. Needs what `dvc repro` makes. Exits with status 1 on a finding.
     """
-    from bob.verify import verify as verify_stages
+    from bob.commands.verify import verify as verify_stages
 
     if not verify_stages(stages):
         raise SystemExit(1)
@@ -155,7 +155,7 @@ def study(file: Path, jobs: int, again: bool, only: tuple[str, ...], page_only: 
     FILE says what is run and claimed. The runs go through DVC's queue; the results are kept in
     docs/<name>-study.csv. Goes on where it was killed.
     """
-    from bob.study import study as run_study
+    from bob.commands.study import study as run_study
 
     run_study(file, jobs=jobs, again=again, only=only, page_only=page_only)
 
@@ -172,13 +172,13 @@ def miniature(only: str | None, measure: bool, tiny: bool, out: Path, work: Path
     Takes hours. `dvc repro` never needs it: the trained models are in the repository.
     """
     _prepare_libraries()
-    from bob import miniature as models
+    from bob.miniature import build
 
     if measure:
-        for name, what, value in models.measure(out):
+        for name, what, value in build.measure(out):
             print(f"{name}: {what}: {value}")
     else:
-        models.train(out, work, "tiny" if tiny else "full", only)
+        build.train(out, work, "tiny" if tiny else "full", only)
 
 
 @cli.group(invoke_without_command=True)
@@ -187,7 +187,7 @@ def cache(context: click.Context) -> None:
     """Show the item cache: what was made here and is not made again."""
     if context.invoked_subcommand:
         return
-    from bob.items import ItemCache
+    from bob.cache.items import ItemCache
 
     with ItemCache() as items:
         for line in items.summary():
@@ -197,7 +197,7 @@ def cache(context: click.Context) -> None:
 @cache.command()
 def prune() -> None:
     """Forget the items whose object is gone, after `dvc gc`."""
-    from bob.items import ItemCache
+    from bob.cache.items import ItemCache
 
     with ItemCache() as items:
         click.echo(f"{items.prune():,} items forgotten")
@@ -210,8 +210,8 @@ def adopt(lists: tuple[Path, ...]) -> None:
 
     LISTS are the files results/items/<stage>.jsonl, by default those of the workspace.
     """
-    from bob.items import ItemCache
-    from bob.layout import ITEMS
+    from bob.cache.items import ItemCache
+    from bob.formats.layout import ITEMS
 
     found = lists or sorted(ITEMS.glob("*.jsonl"))
     if not found:

@@ -25,7 +25,7 @@ def workspace(tmp_path, monkeypatch):
 @pytest.fixture
 def study_folder(workspace):
     """The real params and pipeline in the current folder, with models of no size."""
-    from bob.study import plan
+    from bob.commands.study import plan
 
     for name in ("params.yaml", "dvc.yaml"):
         (workspace / name).write_text((ROOT / name).read_text())
@@ -40,8 +40,8 @@ def study_folder(workspace):
 
 def told_of(path, content, old, new):
     """The one line that is told of a study's file with `old` in its `content` changed to `new`."""
+    from bob.commands.study import plan
     from bob.errors import BobError
-    from bob.study import plan
 
     assert old in content
     path.write_text(content.replace(old, new))

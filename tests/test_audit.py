@@ -5,11 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from bob import audit, diffusion, draw
-from bob.data import Photo, Task
-from bob.manifest import Generated
-from bob.params import Params
-from bob.prompts import Context
+from bob.formats.manifest import Generated
+from bob.formats.params import Params
+from bob.formats.photos import Photo, Task
+from bob.formats.prompts import Context
+from bob.miniature import world
+from bob.models import diffusion, similarity
+from bob.stages import audit
 from tests.builders import build_photos, build_text_to_image
 from tests.conftest import ROOT
 
@@ -55,13 +57,13 @@ def test_the_pictures_are_judged_by_the_captioner_and_not_by_their_prompts(repos
     }
     asked = Context("sunset", "level facing left")
     images = []
-    for variant in draw.TASK:
+    for variant in world.TASK:
         for number in range(4 if variant.name in shown else 0):
             context = shown[variant.name]
             file = f"images/{variant.family}-{number}.png"
             path = repository / "results/generate" / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw.draw(variant, context.background, context.pose, number, 7).save(path)
+            world.draw(variant, context.background, context.pose, number, 7).save(path)
             images.append(Generated(variant.name, asked, "", 0, file))
     params = Params(
         {
@@ -96,11 +98,11 @@ def test_the_pictures_are_judged_by_the_captioner_and_not_by_their_prompts(repos
 
 def test_diversity_of_copies_is_zero_and_of_opposites_is_known():
     copies = np.tile([[3.0, 4.0]], (5, 1))
-    assert audit.diversity(copies, ["a"] * 5) == pytest.approx(0)
+    assert similarity.diversity(copies, ["a"] * 5) == pytest.approx(0)
     axes = np.eye(4) * 7
-    assert audit.diversity(axes, ["a"] * 4) == pytest.approx(1)
+    assert similarity.diversity(axes, ["a"] * 4) == pytest.approx(1)
     both = np.concatenate([np.tile([[1.0, 0, 0, 0]], (4, 1)), axes])
-    assert audit.diversity(both, ["a"] * 4 + ["b"] * 4) == pytest.approx(0.5)
+    assert similarity.diversity(both, ["a"] * 4 + ["b"] * 4) == pytest.approx(0.5)
 
 
 def test_kid_is_zero_in_the_mean_for_one_distribution_and_grows_with_distance():
@@ -109,9 +111,9 @@ def test_kid_is_zero_in_the_mean_for_one_distribution_and_grows_with_distance():
     def draw(shift):
         return random.normal(shift, 1, (200, 16))
 
-    same, std = audit.kernel_inception_distance(draw(0), draw(0))
-    near, _ = audit.kernel_inception_distance(draw(0), draw(0.5))
-    far, _ = audit.kernel_inception_distance(draw(0), draw(1.5))
+    same, std = similarity.kernel_inception_distance(draw(0), draw(0))
+    near, _ = similarity.kernel_inception_distance(draw(0), draw(0.5))
+    far, _ = similarity.kernel_inception_distance(draw(0), draw(1.5))
     assert abs(same) < 3 * std
     assert near > same + std
     assert far > 2 * near
@@ -128,7 +130,7 @@ def test_kid_agrees_with_the_definition_written_out():
         kernel(z[i], z[j]) for z in (x, y) for i in range(4) for j in range(4) if i != j
     ) / (4 * 3)
     across = sum(kernel(a, b) for a in x for b in y) / 16
-    assert audit.squared_mmd(x, y) == pytest.approx(within - 2 * across)
+    assert similarity.squared_mmd(x, y) == pytest.approx(within - 2 * across)
 
 
 def test_a_contact_sheet_has_real_and_generated_images_side_by_side(workspace):

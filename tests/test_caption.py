@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from bob import caption
-from bob.data import Photo, Task, read_photos, write_photos, write_task
-from bob.draw import POSES, TASK, draw
 from bob.errors import BobError
-from bob.files import sha256
-from bob.layout import BANK, CLASSES, TRAIN
-from bob.params import Params
-from bob.prompts import Context, read_bank, write_bank
+from bob.formats.files import sha256
+from bob.formats.layout import BANK, CLASSES, TRAIN
+from bob.formats.params import Params
+from bob.formats.photos import Photo, Task, read_photos, write_photos, write_task
+from bob.formats.prompts import Context, read_bank, write_bank
+from bob.miniature.world import POSES, TASK, draw
+from bob.stages import caption
 from tests.conftest import ROOT
 
 CAPTIONER = ROOT / "models" / "miniature-captioner"

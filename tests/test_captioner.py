@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
-from bob.captioner import open_captioner
 from bob.errors import BobError
-from bob.vlm import VisionLanguageModel
+from bob.models.captioner import open_captioner
+from bob.models.vlm import VisionLanguageModel
 from tests.builders import build_captioner
 
 QUESTION = "describe the background of the bird in as few words as possible."
@@ -117,7 +117,7 @@ def test_the_item_key_has_the_side_and_what_a_model_stands_on(folder):
 
 def test_an_endpoint_is_asked_without_torch():
     code = (
-        "import sys, bob.caption, bob.endpoint, openai;"
+        "import sys, bob.stages.caption, bob.models.endpoint, openai;"
         "heavy = {'torch', 'transformers', 'diffusers'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

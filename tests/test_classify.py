@@ -12,14 +12,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from bob import classifiers, classify, layout, training
-from bob.classifiers import Preprocessing, load_classifier, load_timm, open_backbone, read_trained
-from bob.data import read_photos, read_task, write_photos
+from bob.cache.lists import read_items
 from bob.errors import BobError
-from bob.files import write_jsonl
-from bob.items import read_items
-from bob.manifest import Generated, read_manifest, write_manifest
-from bob.training import (
+from bob.formats import layout
+from bob.formats.files import write_jsonl
+from bob.formats.manifest import Generated, read_manifest, write_manifest
+from bob.formats.photos import read_photos, read_task, write_photos
+from bob.models import classifiers, training
+from bob.models.backbones import load_timm, open_backbone
+from bob.models.classifiers import load_classifier, read_trained
+from bob.models.preprocessing import Preprocessing
+from bob.models.training import (
     Recipe,
     Validation,
     learning_rate,
@@ -27,6 +30,7 @@ from bob.training import (
     parameter_groups,
     weighted_loss,
 )
+from bob.stages import classify
 from tests.tiny_project import (
     RECIPE,
     add_generated,

@@ -13,14 +13,18 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from bob import benchmark, classifiers, classify, evaluate, export, layout
-from bob.classifiers import load_classifier, open_backbone, read_inputs, read_trained
-from bob.clip import ImageTextScorer, add_lora
-from bob.data import Task, open_image, read_photos, read_task, write_task
 from bob.errors import BobError
-from bob.files import read_json
-from bob.params import Params
-from bob.training import Validation, parameter_groups
+from bob.formats import layout
+from bob.formats.files import read_json
+from bob.formats.params import Params
+from bob.formats.photos import Task, open_image, read_photos, read_task, write_task
+from bob.models import classifiers
+from bob.models.backbones import open_backbone
+from bob.models.classifiers import load_classifier, read_trained
+from bob.models.clip import ImageTextScorer, add_lora
+from bob.models.preprocessing import read_inputs
+from bob.models.training import Validation, parameter_groups
+from bob.stages import benchmark, classify, evaluate, export
 from tests.builders import build_clip
 from tests.tiny_project import CLASSES, classify_params, forget_items, make_project, tree
 

@@ -19,11 +19,11 @@ from ruamel.yaml import YAML
 from scipy.io import savemat
 from torchvision.datasets import FGVCAircraft, Flowers102
 
-from bob import datasets
 from bob.cli import cli
-from bob.datasets import BENCHMARKS, dataset
+from bob.commands import datasets
+from bob.commands.datasets import BENCHMARKS, dataset
 from bob.errors import BobError
-from bob.split import read_dataset
+from bob.stages.split import read_dataset
 from tests.tiny_project import tree
 
 # What each small benchmark below has: by part and class, the photos' names.

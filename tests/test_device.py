@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bob.device import autocast, dtype_name, resolve_precision
 from bob.errors import BobError
+from bob.models.device import autocast, dtype_name, resolve_precision
 
 CPU = torch.device("cpu")
 CPUINFO = Path("/proc/cpuinfo")

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from bob import denoising, diffusion, finetune
-from bob.device import autocast
 from bob.errors import BobError
+from bob.models import denoising, diffusion
+from bob.models.device import autocast
+from bob.stages import finetune
 from tests.builders import (
     SD15_TEXT,
     SD15_UNET,

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bob import draw
 from bob.errors import BobError
+from bob.miniature import world
+from bob.stages import draw
 
 
 def pixels(*arguments, **named) -> np.ndarray:
-    return np.asarray(draw.draw(*arguments, **named)).astype(float)
+    return np.asarray(world.draw(*arguments, **named)).astype(float)
 
 
 def run(folder: Path, monkeypatch, seed: int = 0, classes: int = 8, **changed) -> Path:
@@ -46,47 +47,47 @@ def hashes(dataset: Path) -> dict[str, str]:
 
 def test_task_has_four_families_of_two_that_differ_in_exactly_one_part():
     families = defaultdict(list)
-    for variant in draw.TASK:
+    for variant in world.TASK:
         families[variant.family].append(variant)
     assert [len(members) for members in families.values()] == [2, 2, 2, 2]
     for one, other in families.values():
         assert one.body == other.body
-        assert draw.differing_fields(one.parts, other.parts) == 1
+        assert world.differing_fields(one.parts, other.parts) == 1
 
 
 def test_each_task_family_differs_in_another_part():
     parts = set()
-    for one, other in zip(draw.TASK[::2], draw.TASK[1::2], strict=True):
+    for one, other in zip(world.TASK[::2], world.TASK[1::2], strict=True):
         parts |= {
             name
-            for name in draw.PART_VALUES
+            for name in world.PART_VALUES
             if getattr(one.parts, name) != getattr(other.parts, name)
         }
     assert parts == {"winglet", "tail", "wing", "engines"}
 
 
 def test_corpus_holds_no_task_variant_by_name_or_by_shape():
-    corpus = draw.corpus_variants()
-    assert not {v.name for v in corpus} & {v.name for v in draw.TASK}
-    assert not {(v.body, v.parts) for v in corpus} & {(v.body, v.parts) for v in draw.TASK}
+    corpus = world.corpus_variants()
+    assert not {v.name for v in corpus} & {v.name for v in world.TASK}
+    assert not {(v.body, v.parts) for v in corpus} & {(v.body, v.parts) for v in world.TASK}
 
 
 def test_corpus_holds_other_variants_of_every_task_family():
-    corpus = Counter(variant.family for variant in draw.corpus_variants())
-    assert all(corpus[variant.family] == 4 for variant in draw.TASK)
+    corpus = Counter(variant.family for variant in world.corpus_variants())
+    assert all(corpus[variant.family] == 4 for variant in world.TASK)
 
 
 def test_corpus_names_and_shapes_are_unique():
-    corpus = draw.corpus_variants()
+    corpus = world.corpus_variants()
     assert len(corpus) == 204
     assert len({v.name for v in corpus}) == len({(v.body, v.parts) for v in corpus}) == 204
 
 
 def test_corpus_covers_every_value_of_every_part_and_body():
-    corpus = draw.corpus_variants()
-    for name, values in draw.PART_VALUES.items():
+    corpus = world.corpus_variants()
+    for name, values in world.PART_VALUES.items():
         assert {getattr(v.parts, name) for v in corpus} == set(values)
-    for name, values in draw.BODY_VALUES.items():
+    for name, values in world.BODY_VALUES.items():
         assert {getattr(v.body, name) for v in corpus} == set(values)
 
 
@@ -95,8 +96,8 @@ def test_corpus_covers_every_value_of_every_part_and_body():
 
 def test_same_arguments_give_the_same_bytes_in_another_process():
     script = (
-        "import hashlib; from bob import draw;"
-        "image = draw.draw(draw.TASK[0], 'ocean', 'climbing facing left', 3, 7);"
+        "import hashlib; from bob.miniature import world as draw;"
+        "image = world.draw(world.TASK[0], 'ocean', 'climbing facing left', 3, 7);"
         "print(hashlib.sha256(image.tobytes()).hexdigest())"
     )
     found = {
@@ -109,16 +110,16 @@ def test_same_arguments_give_the_same_bytes_in_another_process():
         ).stdout
         for seed in ("1", "2")
     }
-    here = draw.draw(draw.TASK[0], "ocean", "climbing facing left", 3, 7)
+    here = world.draw(world.TASK[0], "ocean", "climbing facing left", 3, 7)
     assert found == {hashlib.sha256(here.tobytes()).hexdigest() + "\n"}
 
 
-@pytest.mark.parametrize("changed", [{"index": 1}, {"seed": 1}, {"variant": draw.TASK[1]}])
+@pytest.mark.parametrize("changed", [{"index": 1}, {"seed": 1}, {"variant": world.TASK[1]}])
 def test_index_seed_and_variant_each_change_the_picture(changed):
     first = {
-        "variant": draw.TASK[0],
+        "variant": world.TASK[0],
         "background": "grass",
-        "pose": draw.POSES[0],
+        "pose": world.POSES[0],
         "index": 0,
         "seed": 0,
     }
@@ -126,32 +127,32 @@ def test_index_seed_and_variant_each_change_the_picture(changed):
 
 
 def test_a_picture_is_rgb_of_64_pixels():
-    image = draw.draw(draw.TASK[0], "sunset", "level facing right", 0, 0)
+    image = world.draw(world.TASK[0], "sunset", "level facing right", 0, 0)
     assert (image.mode, image.size) == ("RGB", (64, 64))
 
 
 def test_an_unknown_background_or_pose_is_an_error():
     with pytest.raises(ValueError, match="not in tuple"):
-        draw.draw(draw.TASK[0], "desert", draw.POSES[0], 0, 0)
+        world.draw(world.TASK[0], "desert", world.POSES[0], 0, 0)
     with pytest.raises(ValueError, match="not in tuple"):
-        draw.draw(draw.TASK[0], "ocean", "upside down", 0, 0)
+        world.draw(world.TASK[0], "ocean", "upside down", 0, 0)
 
 
-def aircraft_alone(variant: draw.Variant, pose: str) -> np.ndarray:
-    return np.asarray(draw._draw_aircraft(variant, pose, np.random.default_rng(0)))
+def aircraft_alone(variant: world.Variant, pose: str) -> np.ndarray:
+    return np.asarray(world._draw_aircraft(variant, pose, np.random.default_rng(0)))
 
 
 @pytest.mark.parametrize("family", range(4))
 def test_the_one_part_of_a_family_covers_twelve_pixels_or_more(family):
-    one, other = draw.TASK[2 * family : 2 * family + 2]
-    for pose in draw.POSES:
+    one, other = world.TASK[2 * family : 2 * family + 2]
+    for pose in world.POSES:
         difference = aircraft_alone(one, pose).astype(int) - aircraft_alone(other, pose)
         assert (np.abs(difference).max(-1) > 40).sum() >= 12
 
 
 def test_facing_left_is_the_mirror_image_of_facing_right():
-    left = aircraft_alone(draw.TASK[0], "level facing left")[..., 3] > 128
-    right = aircraft_alone(draw.TASK[0], "level facing right")[..., 3] > 128
+    left = aircraft_alone(world.TASK[0], "level facing left")[..., 3] > 128
+    right = aircraft_alone(world.TASK[0], "level facing right")[..., 3] > 128
     # The place is jittered alike, not mirrored: compare shapes about their own middles.
     columns = [np.flatnonzero(mask.any(0)) for mask in (left, right)]
     widths = [inside[-1] - inside[0] for inside in columns]
@@ -169,7 +170,7 @@ def test_facing_left_is_the_mirror_image_of_facing_right():
 def test_climbing_raises_the_nose_and_descending_lowers_it(side):
     def slope(attitude: str) -> float:
         rows, columns = np.nonzero(
-            aircraft_alone(draw.TASK[6], f"{attitude} facing {side}")[..., 3]
+            aircraft_alone(world.TASK[6], f"{attitude} facing {side}")[..., 3]
         )
         forward = columns if side == "right" else -columns
         return -float(np.polyfit(forward, rows, 1)[0])  # image rows count downwards
@@ -179,17 +180,17 @@ def test_climbing_raises_the_nose_and_descending_lowers_it(side):
 
 def test_backgrounds_are_told_apart_by_their_mean_colours_alone():
     def features(background: str, index: int) -> np.ndarray:
-        image = pixels(draw.TASK[index % 8], background, draw.POSES[index % 6], index, 5)
+        image = pixels(world.TASK[index % 8], background, world.POSES[index % 6], index, 5)
         return np.concatenate([image[:10].mean((0, 1)), image[-10:].mean((0, 1))])
 
     centres = {
         background: np.mean([features(background, i) for i in range(20)], 0)
-        for background in draw.BACKGROUNDS
+        for background in world.BACKGROUNDS
     }
     right = [
         min(centres, key=lambda name: np.linalg.norm(centres[name] - features(background, i)))
         == background
-        for background in draw.BACKGROUNDS
+        for background in world.BACKGROUNDS
         for i in range(20, 40)
     ]
     assert np.mean(right) > 0.9
@@ -200,24 +201,24 @@ def test_backgrounds_are_told_apart_by_their_mean_colours_alone():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_each_class_is_tied_to_two_backgrounds_and_two_poses(seed):
-    tied = draw.ties(seed)
-    assert set(tied) == {variant.name for variant in draw.TASK}
+    tied = world.ties(seed)
+    assert set(tied) == {variant.name for variant in world.TASK}
     for backgrounds, poses in tied.values():
-        assert len(set(backgrounds) & set(draw.BACKGROUNDS)) == 2
-        assert len(set(poses) & set(draw.POSES)) == 2
+        assert len(set(backgrounds) & set(world.BACKGROUNDS)) == 2
+        assert len(set(poses) & set(world.POSES)) == 2
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_two_of_a_family_share_no_context_and_no_two_classes_have_the_same(seed):
-    tied = draw.ties(seed)
+    tied = world.ties(seed)
     assert len(set(tied.values())) == 8
-    for one, other in zip(draw.TASK[::2], draw.TASK[1::2], strict=True):
+    for one, other in zip(world.TASK[::2], world.TASK[1::2], strict=True):
         for mine, theirs in zip(tied[one.name], tied[other.name], strict=True):
             assert not set(mine) & set(theirs)
 
 
 def test_ties_follow_the_seed():
-    assert draw.ties(0) == draw.ties(0) != draw.ties(1)
+    assert world.ties(0) == world.ties(0) != world.ties(1)
 
 
 # --- the stage
@@ -225,7 +226,7 @@ def test_ties_follow_the_seed():
 
 def test_training_pictures_keep_to_the_ties(tmp_path, monkeypatch):
     rows = truth(run(tmp_path, monkeypatch, seed=3))
-    tied = draw.ties(3)
+    tied = world.ties(3)
     for row in rows:
         if row["path"].startswith("train/"):
             backgrounds, poses = tied[row["class"]]
@@ -290,5 +291,5 @@ def test_a_number_of_classes_that_does_not_exist_is_an_error(tmp_path, monkeypat
 
 
 def test_drawing_needs_no_torch():
-    script = "import sys, bob.draw; sys.exit('torch' in sys.modules)"
+    script = "import sys, bob.miniature.world; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

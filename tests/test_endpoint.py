@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bob import caption
-from bob.captioner import MAX_NEW_TOKENS, open_captioner
-from bob.data import Photo, Task, write_photos, write_task
-from bob.endpoint import UnansweredError
 from bob.errors import BobError
-from bob.files import sha256
-from bob.layout import BANK, CLASSES, TRAIN
-from bob.params import Params
-from bob.prompts import Context, read_bank
+from bob.formats.files import sha256
+from bob.formats.layout import BANK, CLASSES, TRAIN
+from bob.formats.params import Params
+from bob.formats.photos import Photo, Task, write_photos, write_task
+from bob.formats.prompts import Context, read_bank
+from bob.models.captioner import MAX_NEW_TOKENS, open_captioner
+from bob.models.endpoint import UnansweredError
+from bob.stages import caption
 from tests.builders import build_photos
 
 SECRET = "sk-no-one-may-read-this"

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from bob import classify, evaluate, layout
-from bob.data import Photo, read_photos, write_photos
 from bob.errors import BobError
-from bob.evaluate import accuracy_metrics, shot_groups
-from bob.files import read_json, write_jsonl
-from bob.params import Params
+from bob.formats import layout
+from bob.formats.files import read_json, write_jsonl
+from bob.formats.params import Params
+from bob.formats.photos import Photo, read_photos, write_photos
+from bob.stages import classify, evaluate
+from bob.stages.evaluate import accuracy_metrics, shot_groups
 from tests.tiny_project import CLASSES, classify_params, make_project, tree
 
 NO_PARAMS = Params({}, "evaluate")

@@ -15,20 +15,15 @@ import pytest
 import timm
 import torch
 
-from bob import benchmark, classify, export, layout
-from bob.classifiers import (
-    Preprocessing,
-    Trained,
-    build_network,
-    load_classifier,
-    predict,
-    read_inputs,
-    read_trained,
-)
-from bob.data import read_photos
 from bob.errors import BobError
-from bob.files import read_json
-from bob.params import Params
+from bob.formats import layout
+from bob.formats.files import read_json
+from bob.formats.params import Params
+from bob.formats.photos import read_photos
+from bob.models.backbones import build_network, predict
+from bob.models.classifiers import Trained, load_classifier, read_trained
+from bob.models.preprocessing import Preprocessing, read_inputs
+from bob.stages import benchmark, classify, export
 from tests.tiny_project import CLASSES, classify_params, make_project, tree
 
 NO_PARAMS = Params({}, "export")
@@ -109,7 +104,10 @@ def test_another_process_in_another_folder_writes_the_same_bytes(
         (elsewhere / name).mkdir()
     for source in ("data/tiny", "results/split", "results/classify"):
         (elsewhere / source).symlink_to(project / source)
-    code = "from bob import export; from bob.params import Params; export.run(Params({}, 'export'))"
+    code = (
+        "from bob.stages import export; from bob.formats.params import Params;"
+        "export.run(Params({}, 'export'))"
+    )
     subprocess.run(
         [sys.executable, "-c", code],
         cwd=elsewhere,

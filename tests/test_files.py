@@ -3,7 +3,14 @@
 import pytest
 
 from bob.errors import BobError
-from bob.files import read_json, read_jsonl, replacing, replacing_file, write_json, write_jsonl
+from bob.formats.files import (
+    read_json,
+    read_jsonl,
+    replacing,
+    replacing_file,
+    write_json,
+    write_jsonl,
+)
 
 
 def test_a_folder_takes_the_place_of_the_old_one_at_once(workspace):

@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bob import checkpoints, denoising, finetune, params
-from bob.checkpoints import Checkpoint
+from bob.cache import checkpoints
+from bob.cache.checkpoints import Checkpoint
 from bob.cli import cli
-from bob.data import Photo, Task, write_photos, write_task
 from bob.errors import BobError
-from bob.files import sha256
-from bob.layout import BANK, CLASSES, FINETUNE, TRAIN
-from bob.params import Params
-from bob.prompts import Context, Entry, write_bank
+from bob.formats import params
+from bob.formats.files import sha256
+from bob.formats.layout import BANK, CLASSES, FINETUNE, TRAIN
+from bob.formats.params import Params
+from bob.formats.photos import Photo, Task, write_photos, write_task
+from bob.formats.prompts import Context, Entry, write_bank
+from bob.models import denoising
+from bob.stages import finetune
 from tests.builders import build_photos, build_text_to_image
 from tests.conftest import ROOT
 from tests.tiny_project import tree
@@ -111,7 +114,8 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bytes(project, steps, chan
     undisturbed = run(**given)
     all_steps = len(steps)
     code = (
-        "import json, sys; from bob import checkpoints, finetune; from bob.params import Params;"
+        "import json, sys; from bob.cache import checkpoints; from bob.stages import finetune;"
+        "from bob.formats.params import Params;"
         "checkpoints.SECONDS_BETWEEN = 0.0;"
         "finetune.run(Params({'finetune': json.loads(sys.argv[1])}, 'finetune'))"
     )

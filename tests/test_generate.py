@@ -8,15 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from bob import diffusion, generate
-from bob.data import Task, write_task
+from bob.cache.index import Index
+from bob.cache.lists import read_items
 from bob.errors import BobError
-from bob.items import Index, read_items
-from bob.layout import BANK, CLASSES, GENERATE, GENERATED, GENERATED_ITEMS, LORA
-from bob.manifest import check_files, read_manifest
-from bob.params import Params
-from bob.prompts import Context, Entry, read_bank, write_bank
-from bob.sampling import ImageMaker, png
+from bob.formats.layout import BANK, CLASSES, GENERATE, GENERATED, GENERATED_ITEMS, LORA
+from bob.formats.manifest import check_files, read_manifest
+from bob.formats.params import Params
+from bob.formats.photos import Task, write_task
+from bob.formats.prompts import Context, Entry, read_bank, write_bank
+from bob.models import diffusion
+from bob.models.sampling import ImageMaker, png
+from bob.stages import generate
 from tests.builders import build_text_to_image
 from tests.tiny_project import tree
 

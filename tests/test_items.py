@@ -13,10 +13,14 @@ import pytest
 from click.testing import CliRunner
 from dvc.repo import Repo
 
-from bob import captioner, endpoint, items, sampling, vlm
+from bob.cache import recipe
+from bob.cache.index import Index, Row
+from bob.cache.items import ItemCache
+from bob.cache.lists import Item, read_items, write_items
+from bob.cache.recipe import code_hash, item_key
 from bob.cli import cli
 from bob.errors import BobError
-from bob.items import Index, Item, ItemCache, Row, code_hash, item_key, read_items, write_items
+from bob.models import captioner, endpoint, sampling, vlm
 from tests.conftest import ROOT
 from tests.test_pipeline import imported_modules
 
@@ -206,7 +210,8 @@ def test_an_index_that_cannot_be_opened_is_told_in_one_line(repository):
 
 WORKER = """
 import sys, time
-from bob.items import ItemCache, item_key
+from bob.cache.items import ItemCache
+from bob.cache.recipe import item_key
 
 def make(positions):
     time.sleep(0.05)
@@ -320,7 +325,7 @@ def area(side: int = SIDE) -> int:
     ],
 )
 def test_code_is_hashed_without_comments_and_docstrings(tmp_path, monkeypatch, old, new, same):
-    monkeypatch.setattr(items.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(recipe.resources, "files", lambda _: tmp_path)
     hashes = []
     for code in (CODE, CODE.replace(old, new)):
         (tmp_path / "module.py").write_text(code)
@@ -332,9 +337,9 @@ def test_code_is_hashed_without_comments_and_docstrings(tmp_path, monkeypatch, o
 # Imported by the code that makes items, without a say in what an item is.
 DECIDES_NOTHING = {
     "errors": "says what went wrong",
-    "files": "reads and writes JSON, and hashes a photo to compare it with its manifest",
-    "layout": "says where outputs lie",
-    "params": "checks endpoint.json against its schema",
+    "formats.files": "reads and writes JSON, and hashes a photo to compare it with its manifest",
+    "formats.layout": "says where outputs lie",
+    "formats.params": "checks endpoint.json against its schema",
 }
 
 
@@ -346,7 +351,7 @@ def test_the_code_in_a_key_is_the_code_that_makes_the_item(module):
 
 def test_a_captioner_is_made_by_its_own_code_and_by_that_of_either_kind():
     either = {*captioner.MADE_BY, *endpoint.MADE_BY, *vlm.MADE_BY}
-    assert either == imported_modules("captioner") - set(DECIDES_NOTHING)
+    assert either == imported_modules("models.captioner") - set(DECIDES_NOTHING)
 
 
 def test_a_models_content_decides_and_not_its_place_or_card(repository):

@@ -12,23 +12,22 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from bob import draw, miniature
-from bob.miniature import measures, training
+from bob.formats.prompts import Context, prompt
+from bob.miniature import build, measures, training, world
 from bob.miniature.corpus import Pictures, draw_pictures, load_corpus
 from bob.miniature.measures import answer
 from bob.miniature.recipes import SCALES, Recipe
-from bob.prompts import Context, prompt
 
 MODELS = Path(__file__).parents[1] / "models"
 BASE, CAPTIONER, BACKBONE = (
     MODELS / f"miniature-{part}" for part in ("base", "captioner", "backbone")
 )
-PER_CLASS = len(draw.CONTEXTS)
+PER_CLASS = len(world.CONTEXTS)
 
 
 def task_pictures() -> Pictures:
     """Variants that no model was trained on, each once in every context."""
-    return draw_pictures(draw.TASK, range(1))
+    return draw_pictures(world.TASK, range(1))
 
 
 # --- what is committed
@@ -88,7 +87,7 @@ def test_latents_have_about_unit_variance():
 
 @pytest.mark.slow
 def test_generated_images_show_the_background_the_pose_and_the_class_of_their_prompt():
-    wanted = measures.wanted_pictures(draw.corpus_variants(), 72, index=0)
+    wanted = measures.wanted_pictures(world.corpus_variants(), 72, index=0)
     images = measures.generate(BASE, [wanted.caption(row) for row in range(len(wanted))])
     network = timm.create_model(f"local-dir:{BACKBONE}", pretrained=True).eval()
     obeyed = measures.obedience(images, wanted, CAPTIONER, network)
@@ -104,7 +103,7 @@ def test_the_captioner_names_background_and_pose_of_variants_it_has_not_seen():
     poses = answer(CAPTIONER, images, "pose")
     true = zip(pictures.background, pictures.pose, strict=True)
     right = [
-        (background, pose) == (draw.BACKGROUNDS[b], draw.POSES[p])
+        (background, pose) == (world.BACKGROUNDS[b], world.POSES[p])
         for background, pose, (b, p) in zip(backgrounds, poses, true, strict=True)
     ]
     assert np.mean(right) > 0.9
@@ -114,7 +113,7 @@ def test_the_captioner_reads_photos_of_any_size_alike():
     pictures = task_pictures()
     rows = range(0, len(pictures), 7)
     images = [Image.fromarray(pictures.pixels[row]).resize((200, 200)) for row in rows]
-    true = [draw.BACKGROUNDS[pictures.background[row]] for row in rows]
+    true = [world.BACKGROUNDS[pictures.background[row]] for row in rows]
     answers = answer(CAPTIONER, images, "background")
     assert np.mean([a == b for a, b in zip(answers, true, strict=True)]) > 0.9
 
@@ -122,7 +121,7 @@ def test_the_captioner_reads_photos_of_any_size_alike():
 def test_stock_timm_loads_the_backbone_which_knows_the_corpus():
     network = timm.create_model(f"local-dir:{BACKBONE}", pretrained=True).eval()
     assert network.pretrained_cfg["input_size"] == (3, 64, 64)
-    variants = draw.corpus_variants()
+    variants = world.corpus_variants()
     assert network.num_classes == len(variants)
     fresh = draw_pictures(variants[:20], range(99, 100))
     with torch.inference_mode():
@@ -136,7 +135,7 @@ def test_stock_timm_loads_the_backbone_which_knows_the_corpus():
 @pytest.mark.slow
 def test_the_tiny_training_writes_three_folders_that_stock_libraries_load(tmp_path):
     out, work = tmp_path / "models", tmp_path / "work"
-    miniature.train(out, work, "tiny")
+    build.train(out, work, "tiny")
     pipeline = StableDiffusionPipeline.from_pretrained(out / "miniature-base")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a aircraft", num_inference_steps=1).images[0].size == (64, 64)
@@ -146,7 +145,7 @@ def test_the_tiny_training_writes_three_folders_that_stock_libraries_load(tmp_pa
 
     weights = sorted(out.rglob("*.safetensors"))
     before = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
-    miniature.train(out, work, "tiny")  # from finished checkpoints: nothing trains, same bytes
+    build.train(out, work, "tiny")  # from finished checkpoints: nothing trains, same bytes
     assert before == [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
 
 
@@ -193,7 +192,7 @@ def test_no_checkpoint_is_left_half_written(tmp_path, monkeypatch):
 def test_the_corpus_is_drawn_once(tmp_path, monkeypatch):
     scale = SCALES["tiny"]
     first = load_corpus(scale, tmp_path)
-    monkeypatch.setattr(draw, "draw", None)
+    monkeypatch.setattr(world, "draw", None)
     again = load_corpus(scale, tmp_path)
     assert (first.pixels == again.pixels).all()
     assert len(first) == scale.variants * PER_CLASS

@@ -6,8 +6,8 @@ import sys
 import pytest
 from ruamel.yaml import YAML
 
-from bob import params
 from bob.errors import BobError
+from bob.formats import params
 from tests.conftest import ROOT
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from bob.cli import STAGES
-from bob.layout import ITEMS
+from bob.formats.layout import ITEMS
 from tests.conftest import ROOT
 from tests.dvc_project import dvc, make_project, ran, read_params, restored, run, set_params
 
@@ -37,31 +37,37 @@ def pipeline():
 
 
 def imported_modules(module):
-    """The names of all bob modules that `bob.<module>` imports, wherever in it, transitively."""
+    """All modules that `bob.<module>` imports, wherever in it, transitively: `models.device`."""
     seen, waiting = set(), [module]
     while waiting:
         name = waiting.pop()
         if name in seen:
             continue
         seen.add(name)
-        for node in ast.walk(ast.parse((ROOT / "bob" / f"{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module == "bob":
-                waiting += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bob."):
-                waiting.append(str(node.module).split(".")[1])
+        for node in ast.walk(ast.parse((ROOT / source_of(name)).read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "bob":
+                wing = str(node.module).partition(".")[2]
+                names = [f"{wing}.{alias.name}".strip(".") for alias in node.names]
+                waiting += [name for name in (wing, *names) if (ROOT / source_of(name)).is_file()]
             elif isinstance(node, ast.Import):
                 waiting += [
-                    alias.name.split(".")[1]
+                    alias.name.partition(".")[2]
                     for alias in node.names
                     if alias.name.startswith("bob.")
                 ]
     return seen
 
 
+def source_of(module):
+    return f"bob/{module.replace('.', '/')}.py"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_exactly_the_code_it_imports(stage):
     declared = {dep for dep in pipeline()["stages"][stage]["deps"] if dep.startswith("bob/")}
-    assert declared == {f"bob/{name}.py" for name in imported_modules(stage) - {"params"}}
+    assert declared == {
+        source_of(name) for name in imported_modules(f"stages.{stage}") - {"formats.params"}
+    }
 
 
 def test_no_stage_depends_on_the_lists_of_items():
@@ -173,7 +179,7 @@ def test_change_and_change_back(project):
 
 @pytest.mark.slow
 def test_a_comment_in_the_code_reruns_its_stage_and_the_wave_stops_there(project):
-    module = project / "bob/caption.py"
+    module = project / "bob/stages/caption.py"
     original = module.read_text()
     try:
         module.write_text(original + "# a comment\n")

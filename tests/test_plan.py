@@ -13,15 +13,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPTextConfig
 
-from bob import gpus, params
-from bob.classifiers import open_backbone
 from bob.cli import cli
-from bob.data import Task
+from bob.commands.plan import duration, gpus, metric, networks, opened, to_do
+from bob.commands.plan.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE
+from bob.commands.plan.shapes import measure
+from bob.commands.plan.work import STAGES
 from bob.errors import BobError
-from bob.plan import duration, metric, networks, opened, to_do
-from bob.plan.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE
-from bob.plan.shapes import measure
-from bob.plan.work import STAGES
+from bob.formats import params
+from bob.formats.photos import Task
+from bob.models.backbones import open_backbone
 from tests.builders import build_clip, build_text_to_image
 from tests.conftest import ROOT
 from tests.dvc_project import dvc, make_project, ran, restored, set_params
@@ -213,7 +213,7 @@ def test_flops_are_those_of_the_stage(project, tmp_path, monkeypatch, stage, cha
     monkeypatch.chdir(copy)
     set_params(copy, changes)
     if stage == "caption":
-        importlib.import_module("bob.split").run(params.for_stage("split"))
+        importlib.import_module("bob.stages.split").run(params.for_stage("split"))
     _, work = planned()
     module = importlib.import_module(f"bob.{stage}")
     counted = flops_of(lambda: module.run(params.for_stage(stage)))

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from bob.data import Task
-from bob.draw import CONTEXTS
 from bob.errors import BobError
-from bob.files import write_jsonl
-from bob.generate import plan
-from bob.manifest import read_manifest, write_manifest
-from bob.prompts import (
+from bob.formats.files import write_jsonl
+from bob.formats.manifest import read_manifest, write_manifest
+from bob.formats.photos import Task
+from bob.formats.prompts import (
     Context,
     Entry,
     drawn_from,
@@ -20,6 +18,8 @@ from bob.prompts import (
     read_contexts,
     write_bank,
 )
+from bob.miniature.world import CONTEXTS
+from bob.stages.generate import plan
 from tests.conftest import ROOT
 
 LEAVES, SKY = Context("green leaves", "perched"), Context("blue sky", "flying")

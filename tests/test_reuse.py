@@ -39,7 +39,7 @@ def test_nothing_is_made_twice(project, measure):
 def test_other_code_that_gives_the_same_answers_stops_the_wave(project):
     """The answers are made again, because the code might give others; the bank is the same."""
     dvc(project, "repro", "generate")
-    module = project / "bob/vlm.py"
+    module = project / "bob/models/vlm.py"
     original = module.read_text()
     try:
         clear_log(project)

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from bob import split
-from bob.data import read_photos, read_task
 from bob.errors import BobError
-from bob.naming import class_name_of, folder_of
-from bob.params import Params
+from bob.formats.names import class_name_of, folder_of
+from bob.formats.params import Params
+from bob.formats.photos import read_photos, read_task
+from bob.stages import split
 from tests.builders import build_photos
 
 NAMES = {"Anna_Hummingbird": 8, "Rufous_Hummingbird": 9}

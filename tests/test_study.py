@@ -14,14 +14,14 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from bob import study as studies
-from bob.draw import BACKGROUNDS, POSES
+from bob.commands import study as studies
+from bob.commands.study import banks, page, plan, queue
+from bob.commands.study.results import Row, read_results, write_results
+from bob.commands.study.statistics import mean_interval, paired_interval, ratio_interval
 from bob.errors import BobError
-from bob.files import write_jsonl
-from bob.prompts import Context, Entry, read_bank
-from bob.study import banks, page, plan, queue
-from bob.study.results import Row, read_results, write_results
-from bob.study.statistics import mean_interval, paired_interval, ratio_interval
+from bob.formats.files import write_jsonl
+from bob.formats.prompts import Context, Entry, read_bank
+from bob.miniature.world import BACKGROUNDS, POSES
 from tests.conftest import ROOT, told_of
 from tests.dvc_project import dvc, make_project, run
 

@@ -7,11 +7,11 @@ from statistics import fmean
 import pytest
 from ruamel.yaml import YAML
 
-from bob import study as studies
+from bob.commands import study as studies
+from bob.commands.study import page, plan, queue
+from bob.commands.study.results import Row, value
 from bob.errors import BobError
-from bob.params import read_yaml
-from bob.study import page, plan, queue
-from bob.study.results import Row, value
+from bob.formats.params import read_yaml
 from tests.conftest import ROOT, told_of
 from tests.dvc_project import make_project, run
 

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 from ruamel.yaml import YAML
 
-from bob import verify
 from bob.cli import STAGES, cli
+from bob.commands import verify
 from tests.dvc_project import dvc, make_project, run
 
 
@@ -55,7 +55,7 @@ def project(begun, tmp_path, monkeypatch):
 def plant(project, before="pass", after="pass", stage="split"):
     """Have `stage` do something besides, before or after its work."""
     body = textwrap.indent(f"{before}\nhonest(params)\n{after}\n", "    ")
-    with (project / f"bob/{stage}.py").open("a") as file:
+    with (project / f"bob/stages/{stage}.py").open("a") as file:
         file.write(f"\n\nhonest = run\n\n\ndef run(params):\n{body}")
 
 
@@ -218,13 +218,13 @@ def test_an_absolute_path_into_the_project_is_noticed(project):
     ]
 
 
-@pytest.mark.parametrize("statement", ["import bob.prompts", "from bob import prompts"])
+@pytest.mark.parametrize("statement", ["import bob.formats.prompts", "from bob import prompts"])
 def test_a_module_is_to_be_declared(project, statement):
     """Also where bob is installed from the project's folder, and would be found there."""
     plant(project, statement)
     run(project, sys.executable, "-m", "bob", "split")
     assert findings() == [
-        "needs bob/prompts.py, which is not declared; add it to stages.split.deps"
+        "needs bob/formats/prompts.py, which is not declared; add it to stages.split.deps"
     ]
 
 
@@ -236,16 +236,16 @@ def test_a_parameter_is_to_be_declared(project):
 
 
 def test_a_parameter_read_past_the_stages_own_is_not_there(project):
-    plant(project, "from bob.params import load; load()['generate']")
+    plant(project, "from bob.formats.params import load; load()['generate']")
     run(project, sys.executable, "-m", "bob", "split")
     assert findings() == ["fails with only what it declares: KeyError: 'generate'"]
 
 
 def test_a_dependency_that_is_not_needed_is_named(project):
-    declare(project, deps=["bob/prompts.py", "models/miniature-backbone"])
+    declare(project, deps=["bob/formats/prompts.py", "models/miniature-backbone"])
     assert findings() == [
         f"does not need {dep}, without it come the same bytes; remove it from stages.split.deps"
-        for dep in ("bob/prompts.py", "models/miniature-backbone")
+        for dep in ("bob/formats/prompts.py", "models/miniature-backbone")
     ]
 
 

@@ -11,10 +11,10 @@ import torch
 from dvc.repo import Repo
 from PIL import Image
 
-from bob import layout
-from bob.data import Photo, Task, write_photos, write_task
-from bob.manifest import Generated, write_manifest
-from bob.params import Params
+from bob.formats import layout
+from bob.formats.manifest import Generated, write_manifest
+from bob.formats.params import Params
+from bob.formats.photos import Photo, Task, write_photos, write_task
 
 CLASSES = ("Blue Disc", "Green Bar", "Red Square")
 RECIPE: dict[str, Any] = {

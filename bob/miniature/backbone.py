@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from bob.draw import SIZE
 from bob.miniature.corpus import Pictures
 from bob.miniature.recipes import SEED, Recipe, Scale
 from bob.miniature.training import fit
+from bob.miniature.world import SIZE
 
 ABOUT = (
     "A ResNet of 0.5 M parameters, for timm, that tells the corpus variants apart: what an "

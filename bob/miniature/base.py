@@ -22,15 +22,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import bob.draw
-from bob.draw import BACKGROUNDS, CONTEXTS, DESCRIPTOR, POSES, SIZE, Variant
-from bob.files import replacing, replacing_file
+from bob.formats.files import replacing, replacing_file
+from bob.formats.prompts import Context, prompt
+from bob.miniature import world
 from bob.miniature.backbone import fit_network
 from bob.miniature.corpus import Pictures
 from bob.miniature.formats import declare_float32, merges, write_vocabulary
 from bob.miniature.recipes import SEED, Recipe, Scale
 from bob.miniature.training import fit
-from bob.prompts import Context, prompt
+from bob.miniature.world import BACKGROUNDS, CONTEXTS, DESCRIPTOR, POSES, SIZE, Variant
 
 ABOUT = "A Stable-Diffusion-shaped text-to-image model of drawn aircraft, 64 x 64 pixels."
 
@@ -221,14 +221,14 @@ class TextReader(nn.Module):
 
 def _facts(variant: Variant) -> list[int]:
     """A variant as class indices, one for each field of its body and parts."""
-    fact_values = {**bob.draw.BODY_VALUES, **bob.draw.PART_VALUES}
+    fact_values = {**world.BODY_VALUES, **world.PART_VALUES}
     own = {**asdict(variant.body), **asdict(variant.parts)}
     return [values.index(own[name]) for name, values in fact_values.items()]
 
 
 FACT_SIZES = (
-    *(len(values) for values in bob.draw.BODY_VALUES.values()),
-    *(len(values) for values in bob.draw.PART_VALUES.values()),
+    *(len(values) for values in world.BODY_VALUES.values()),
+    *(len(values) for values in world.PART_VALUES.values()),
     len(BACKGROUNDS),
     len(POSES),
 )

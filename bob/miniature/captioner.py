@@ -19,12 +19,12 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from bob.caption import ATTRIBUTES, QUESTION
-from bob.draw import BACKGROUNDS, DESCRIPTOR, POSES, SIZE
+from bob.formats.prompts import ATTRIBUTES, QUESTION
 from bob.miniature.corpus import Pictures
 from bob.miniature.formats import declare_float32, merges, write_vocabulary
 from bob.miniature.recipes import SEED, Recipe, Scale
 from bob.miniature.training import fit
+from bob.miniature.world import BACKGROUNDS, DESCRIPTOR, POSES, SIZE
 
 ABOUT = (
     "A Qwen2.5-VL of 0.4 M parameters that answers the paper's two questions about a drawn "

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import bob.draw
-from bob.draw import (
+from bob.formats.files import replacing_file
+from bob.formats.prompts import Context, prompt
+from bob.miniature import world
+from bob.miniature.recipes import Scale
+from bob.miniature.world import (
     BACKGROUNDS,
     CONTEXTS,
     CORPUS_SEED,
@@ -25,9 +28,6 @@ from bob.draw import (
     Variant,
     corpus_variants,
 )
-from bob.files import replacing_file
-from bob.miniature.recipes import Scale
-from bob.prompts import Context, prompt
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Pictures:
     ) -> Pictures:
         """Draw pictures from (variant's index, background, pose, index) of each."""
         pixels = [
-            np.asarray(bob.draw.draw(variants[v], background, pose, index, seed))
+            np.asarray(world.draw(variants[v], background, pose, index, seed))
             for v, background, pose, index in tqdm(wanted, desc="drawing", disable=None)
         ]
         truth = [(v, BACKGROUNDS.index(b), POSES.index(p)) for v, b, p, _ in wanted]
@@ -87,8 +87,8 @@ def draw_pictures(
 
 
 def load_corpus(scale: Scale, work: Path) -> Pictures:
-    """The corpus, drawn once for each version of `bob/draw.py`."""
-    version = hashlib.sha256(inspect.getsource(bob.draw).encode()).hexdigest()[:12]
+    """The corpus, drawn once for each version of `bob/miniature/world.py`."""
+    version = hashlib.sha256(inspect.getsource(world).encode()).hexdigest()[:12]
     path = work / f"corpus-{version}-{scale.pictures}.npz"
     variants = corpus_variants()[: scale.variants]
     if not path.exists():

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bob.audit import kernel_inception_distance
-from bob.caption import ATTRIBUTES, QUESTION
-from bob.captioner import open_captioner
-from bob.data import batches
-from bob.draw import (
+from bob.formats.photos import batches
+from bob.formats.prompts import ATTRIBUTES, QUESTION
+from bob.miniature.corpus import Pictures, as_input, draw_pictures
+from bob.miniature.recipes import SEED
+from bob.miniature.world import (
     BACKGROUNDS,
     CONTEXTS,
     DESCRIPTOR,
@@ -30,8 +30,8 @@ from bob.draw import (
     Variant,
     corpus_variants,
 )
-from bob.miniature.corpus import Pictures, as_input, draw_pictures
-from bob.miniature.recipes import SEED
+from bob.models.captioner import open_captioner
+from bob.models.similarity import kernel_inception_distance
 
 BATCH = 64
 STEPS, GUIDANCE_SCALE = 20, 3.0  # as in params.yaml

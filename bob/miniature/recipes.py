@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bob.draw import corpus_variants
+from bob.miniature.world import corpus_variants
 
 SEED = 2026
 

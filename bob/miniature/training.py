@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from bob.device import autocast, resolve_precision
-from bob.draw import CONTEXTS, TASK, corpus_variants
-from bob.files import replacing_file
+from bob.formats.files import replacing_file
 from bob.miniature.recipes import SEED, Recipe
+from bob.miniature.world import CONTEXTS, TASK, corpus_variants
+from bob.models.device import autocast, resolve_precision
 
 CHECKPOINT_SECONDS = 60
 # Any: of what class a network is, the loss knows and `fit` need not.
@@ -122,7 +122,7 @@ def write_card(
     """The README.md of a model folder: what it is, how it was trained, how good it is."""
     lines = [f"# {title}", "", about, "", "## Training", ""]
     lines.append(
-        f"Corpus: {len(corpus_variants())} drawn aircraft variants (`bob/draw.py`), each "
+        f"Corpus: {len(corpus_variants())} drawn aircraft variants (`bob/stages/draw.py`), each "
         f"in {len(CONTEXTS)} contexts; the {len(TASK)} task classes are not among them. "
         f"Seed {SEED}. Command: `python -m bob miniature`."
     )

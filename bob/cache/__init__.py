@@ -1,0 +1,1 @@
+"""The item cache: single results, by the content of what decides them."""

@@ -1,0 +1,69 @@
+"""The last state of a training run that was killed, in DVC's cache, for the next run to go on with.
+
+A checkpoint is known by the hash of everything that decides the run, and lies beside the item
+cache, which all experiments of a repository share: a queued experiment finds what the same run
+left in another folder.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bob.formats.files import replacing_file
+
+SECONDS_BETWEEN = 180.0
+DAYS_KEPT = 7
+
+
+class Checkpoint:
+    """The checkpoint of one run, `<key>.pt` in `folder`; old ones of other runs are removed.
+
+    One file and no folder of its own: runs of the same key may work at once, and none may take
+    away a folder that another is about to write to.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._path = folder / f"{key}.pt"
+        self._written = time.monotonic()
+        for path in folder.iterdir():
+            if path != self._path and _days_old(path) > DAYS_KEPT:
+                path.unlink(missing_ok=True)
+
+    def load(self) -> dict[str, Any] | None:
+        """The state that was saved last, tensors on the CPU; None where there is none to read."""
+        try:
+            return torch.load(self._path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # what a damaged file raises has no common class
+            tqdm.write(
+                f"warning: {self._path.name}, a checkpoint, cannot be read and the run begins "
+                f"anew ({' '.join(str(error).split())[:100]})",
+                file=sys.stderr,
+            )
+            return None
+
+    def is_due(self) -> bool:
+        """Whether the last save is SECONDS_BETWEEN ago."""
+        return time.monotonic() - self._written >= SECONDS_BETWEEN
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save the state of the run, tensors and plain values, in one step."""
+        with replacing_file(self._path) as draft:
+            torch.save(state, draft)
+        self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """Forget the run, whose result is in place."""
+        self._path.unlink(missing_ok=True)
+
+
+def _days_old(path: Path) -> float:
+    try:
+        return (time.time() - path.stat().st_mtime) / 86400
+    except FileNotFoundError:  # another process has removed it
+        return 0.0

@@ -1,0 +1,280 @@
+"""`bob dataset`: a public benchmark with its official split, in bob's layout, tracked by DVC."""
+
+import shutil
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from torchvision.datasets import FGVCAircraft, Flowers102, OxfordIIITPet, StanfordCars
+from torchvision.datasets.utils import download_and_extract_archive
+from tqdm import tqdm
+
+from bob.commands.fetch import check_free, track
+from bob.errors import BobError
+from bob.formats.files import replacing, sha256
+from bob.formats.names import class_name_of, folder_of
+
+Parts = dict[str, list[tuple[Path, str]]]
+"""By part (train, test, maybe val): its photos, each with the name of its class."""
+
+CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+CUB_MD5 = "97eceeb196236b17998738112f37df78"
+
+# What damaged archives, lists and connections raise. A URLError is an OSError; torchvision
+# says RuntimeError where it finds nothing.
+_READING = (OSError, RuntimeError, ValueError, LookupError, EOFError, tarfile.TarError, zlib.error)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A public dataset as its authors published it."""
+
+    descriptor: str
+    folder: str
+    """Holds `entries` when everything is unpacked, below the root that `read` is given."""
+    files: tuple[str, ...]
+    """What was published."""
+    entries: tuple[str, ...]
+    """What is read: in the folder, after the files are unpacked."""
+    read: Callable[[Path, bool], Parts]
+    """Of (root, download): lists the photos, after downloading and unpacking if `download`."""
+
+
+def _listed(reader: Callable[..., Any], parts: Sequence[str], root: Path, download: bool) -> Parts:
+    """What a torchvision dataset lists in each part."""
+    listed = {}
+    for part in parts:
+        # A loader that loads nothing: paths come in place of decoded images.
+        photos = reader(root, part, download=download, loader=Path)
+        listed[part] = [(photo, photos.classes[label]) for photo, label in photos]
+    return listed
+
+
+def _pets(root: Path, download: bool) -> Parts:
+    parts = {}
+    for part, published in (("train", "trainval"), ("test", "test")):
+        pets = OxfordIIITPet(root, published, download=download)
+        # This one takes no loader.
+        parts[part] = [
+            (photo, pets.classes[label])
+            for photo, label in zip(pets._images, pets._labels, strict=True)
+        ]
+    return parts
+
+
+def _cub(root: Path, download: bool) -> Parts:
+    if download:
+        download_and_extract_archive(CUB_URL, root, md5=CUB_MD5)
+    folder = root / "CUB_200_2011"
+
+    def table(name: str) -> dict[str, str]:
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+        return dict(line.split() for line in lines)
+
+    classes, labels, in_train = map(
+        table, ("classes.txt", "image_class_labels.txt", "train_test_split.txt")
+    )
+    parts: Parts = {"train": [], "test": []}
+    for image, file in table("images.txt").items():
+        _, class_folder = classes[labels[image]].split(".", 1)  # "018.Spotted_Catbird"
+        part = "train" if in_train[image] == "1" else "test"
+        parts[part].append((folder / "images" / file, class_name_of(class_folder)))
+    return parts
+
+
+BENCHMARKS = {
+    "aircraft": Benchmark(
+        "aircraft",
+        "fgvc-aircraft-2013b",
+        files=("fgvc-aircraft-2013b.tar.gz",),
+        entries=("data",),
+        read=partial(_listed, FGVCAircraft, ("train", "val", "test")),
+    ),
+    "cars": Benchmark(
+        "car",
+        "stanford_cars",
+        files=(
+            "cars_train.tgz",
+            "cars_test.tgz",
+            "car_devkit.tgz",
+            "cars_test_annos_withlabels.mat",
+        ),
+        entries=("cars_train", "cars_test", "devkit", "cars_test_annos_withlabels.mat"),
+        read=partial(_listed, StanfordCars, ("train", "test")),
+    ),
+    "cub": Benchmark(
+        "bird",
+        "CUB_200_2011",
+        files=("CUB_200_2011.tgz",),
+        entries=(
+            "images",
+            "images.txt",
+            "classes.txt",
+            "image_class_labels.txt",
+            "train_test_split.txt",
+        ),
+        read=_cub,
+    ),
+    "pets": Benchmark(
+        "pet",
+        "oxford-iiit-pet",
+        files=("images.tar.gz", "annotations.tar.gz"),
+        entries=("images", "annotations"),
+        read=_pets,
+    ),
+    "flowers": Benchmark(
+        "flower",
+        "flowers-102",
+        files=("102flowers.tgz", "imagelabels.mat", "setid.mat"),
+        entries=("jpg", "imagelabels.mat", "setid.mat"),
+        read=partial(_listed, Flowers102, ("train", "val", "test")),
+    ),
+}
+
+
+def dataset(name: str, source: Path | None, folder: Path) -> None:
+    """Write the benchmark `name` to `folder` ("data/<name>") and `dvc add` it.
+
+    `source` is the published archive, or a folder with the published files, packed or unpacked;
+    nothing in it is changed. Without one the files are downloaded.
+
+    Raises BobError where the folder is taken or not in data/, a file cannot be had or is not as
+    published, or a photo of the official lists is missing.
+    """
+    check_free(folder, "data")
+    benchmark = BENCHMARKS[name]
+    with replacing(folder) as draft:
+        # Archives are unpacked here and not in /tmp, which may be too small for gigabytes.
+        with tempfile.TemporaryDirectory(dir=draft) as scratch:
+            root = Path(scratch)
+            if source is None:
+                parts = _download(name, benchmark, root)
+            else:
+                parts = _read(source, name, benchmark, root)
+            parts = _distinct(parts, root)
+            _copy(parts, draft)
+        _write_about(draft / "dataset.yaml", benchmark.descriptor, parts)
+    classes = {class_name for photos in parts.values() for _, class_name in photos}
+    counts = ", ".join(f"{len(photos)} {part}" for part, photos in parts.items())
+    print(f"{folder}: {len(classes)} classes of {benchmark.descriptor}; photos: {counts}")
+    track(folder)
+
+
+def _download(name: str, benchmark: Benchmark, root: Path) -> Parts:
+    try:
+        return benchmark.read(root, True)
+    except (*_READING, HTTPException) as error:
+        raise BobError(
+            f"{name} could not be downloaded ({_reason(error)}); put {_all(benchmark.files)}, or "
+            f"what they hold, into a folder and say: bob dataset {name} --from FOLDER"
+        ) from None
+
+
+def _read(source: Path, name: str, benchmark: Benchmark, root: Path) -> Parts:
+    try:
+        _gather(source, name, benchmark, root)
+        return benchmark.read(root, False)
+    except _READING as error:
+        reason = _reason(error).replace(f"{root}/", "")
+        raise BobError(f"{name} cannot be read from {source}: {reason}") from None
+
+
+def _gather(source: Path, name: str, benchmark: Benchmark, root: Path) -> None:
+    """Link the benchmark's entries into its folder below `root`, unpacked if they are not yet."""
+    unpacked = root / "unpacked"
+    places = [source, source / benchmark.folder, unpacked, unpacked / benchmark.folder]
+
+    def find(entry: str) -> Path | None:
+        return next((place / entry for place in places if (place / entry).exists()), None)
+
+    archives = [source]
+    if source.is_dir():
+        packed = [source / file for file in benchmark.files if not file.endswith(".mat")]
+        archives = [] if all(map(find, benchmark.entries)) else [p for p in packed if p.is_file()]
+    for archive in archives:
+        _unpack(archive, unpacked)
+
+    (root / benchmark.folder).mkdir()
+    for entry in benchmark.entries:
+        found = find(entry)
+        if found is None:
+            raise BobError(
+                f"{source} has no {entry}; {name} needs {_all(benchmark.files)}, or what they "
+                "hold, in one folder"
+            )
+        (root / benchmark.folder / entry).symlink_to(found.absolute())
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack the plain files of a tar archive; raises ValueError for one that would leave `folder`.
+
+    Not by `extractall`, whose safe filter Python has only since 3.11.4.
+    """
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            target = folder / member.name
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{member.name} would be written outside the destination")
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with content, target.open("wb") as file:
+                    shutil.copyfileobj(content, file)
+
+
+def _distinct(parts: Parts, root: Path) -> Parts:
+    """The parts without the photos whose content another one has; warns of those.
+
+    `split` refuses one image in two parts or classes. Test photos have precedence, so that accuracy
+    on test can be compared with what is published. Raises BobError naming a photo that is missing.
+    """
+    first: dict[str, Path] = {}
+    kept: Parts = {part: [] for part in parts}
+    copies = []
+    ordered = [(part, *photo) for part in ("test", "val", "train") for photo in parts.get(part, [])]
+    for part, photo, class_name in tqdm(ordered, "reading photos", disable=None):
+        listed = photo.relative_to(root)
+        if not photo.is_file():
+            raise BobError(f"{listed} is missing, which the official list of {part} names")
+        other = first.setdefault(sha256(photo), listed)
+        if other is listed:
+            kept[part].append((photo, class_name))
+        else:
+            copies.append(f"{listed} of {part} (is {other})")
+    if copies:
+        print(f"dataset: warning: left out, being copies: {', '.join(copies)}", file=sys.stderr)
+    return kept
+
+
+def _copy(parts: Parts, folder: Path) -> None:
+    """Copy the photos to `<folder>/<part>/<class folder>/`."""
+    for part, photos in parts.items():
+        for photo, class_name in tqdm(photos, f"copying {part}", disable=None):
+            copy = folder / part / folder_of(class_name) / photo.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(photo, copy)
+
+
+def _write_about(path: Path, descriptor: str, parts: Parts) -> None:
+    """Write dataset.yaml: the descriptor, and the names that the class folders cannot spell."""
+    classes = sorted({class_name for photos in parts.values() for _, class_name in photos})
+    names = {folder_of(name): name for name in classes if class_name_of(folder_of(name)) != name}
+    with path.open("w", encoding="utf-8") as file:
+        YAML().dump({"descriptor": descriptor} | ({"classes": names} if names else {}), file)
+
+
+def _all(files: tuple[str, ...]) -> str:
+    return " and ".join(filter(None, [", ".join(files[:-1]), files[-1]]))
+
+
+def _reason(error: Exception) -> str:
+    words = f"{error} is not in every list" if isinstance(error, KeyError) else str(error)
+    return " ".join(words.split()) or type(error).__name__

@@ -1,0 +1,501 @@
+"""What each stage would have to do and what of it is there already: one function a stage."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from bob.cache.items import ItemCache, tree_hash
+from bob.commands.plan import networks
+from bob.commands.plan.forecast import UP_TO_DATE, Forecast
+from bob.commands.plan.gpus import Gpu
+from bob.formats import layout
+from bob.formats.files import sha256
+from bob.formats.manifest import read_manifest
+from bob.formats.params import Params
+from bob.formats.photos import Photo, Task, read_photos, read_task
+from bob.formats.prompts import ATTRIBUTES, QUESTION, read_bank
+from bob.miniature import world
+from bob.models import denoising, diffusion
+from bob.models.backbones import open_backbone
+from bob.models.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS
+from bob.models.endpoint import is_endpoint
+from bob.models.training import VALIDATIONS, Labelled, Trainer
+from bob.stages import benchmark as measuring
+from bob.stages import classify as classifying
+from bob.stages import finetune as fine_tuning
+from bob.stages import generate as generating
+from bob.stages.caption import accepted_answers, answer_keys, captioner_of
+from bob.stages.split import Dataset, read_dataset, split_of
+
+PNG_BYTES = 1.5
+"""For a pixel; the miniature's images have 1.55. Measured on the generated images where there are
+some."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ADAM = 2
+"""Copies of what is trained that AdamW keeps: the moments."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage would do."""
+
+    what: str
+    items: str = ""
+    """What of it the item cache has."""
+    flops: Mapping[str, float] = field(default_factory=dict)
+    """By the precision of their products."""
+    memory: int = 0
+    """Bytes on the GPU at the peak; 0 where it needs none."""
+    disk: float = 0
+    """Bytes written."""
+    relief: str = ""
+    """What to do where the memory does not suffice."""
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The photos of the splits."""
+
+    task: Task
+    train: list[Photo]
+    val: list[Photo]
+    test: list[Photo]
+    known: bool
+    """Whether these are the photos, or just as many."""
+
+
+@dataclass(frozen=True)
+class Project:
+    """What a plan goes by."""
+
+    params: Params
+    forecast: Forecast
+    cache: ItemCache
+    gpu: Gpu
+
+    @cached_property
+    def photos(self) -> Photos:
+        """The photos as the stage split leaves or will leave them."""
+        paths = (layout.CLASSES, layout.TRAIN, layout.VAL, layout.TEST)
+        coming = [path for path in map(self.forecast.file, paths) if path is not None]
+        if len(coming) == len(paths):
+            train, val, test = map(read_photos, coming[1:])
+            return Photos(read_task(coming[0]), train, val, test, True)
+        data = self.params.data
+        folder = Path("data") / data.name
+        known = folder != layout.MINIATURE or self.forecast.states["draw"] == UP_TO_DATE
+        dataset = read_dataset(folder) if known else _undrawn(self.params)
+        train, val, test = split_of(dataset, data)
+        task = Task(dataset.descriptor, tuple(sorted(dataset.train)))
+        return Photos(task, train, val, test, known)
+
+    @cached_property
+    def images(self) -> int:
+        """How many images there are to be, in the generated set."""
+        photos = self.photos
+        counts = generating.images_by_class(
+            photos.task.classes,
+            (photo.class_name for photo in photos.train),
+            self.params.generate.images_per_class,
+        )
+        return sum(counts.values())
+
+
+def model_folder(params: Params, section: str, key: str) -> Path:
+    """The folder that the parameter `section.key` names."""
+    return Path(getattr(getattr(params, section), key))
+
+
+def _undrawn(params: Params) -> Dataset:
+    """As many photos as the stage draw will draw."""
+    counts = world.images_per_class(params.draw.train_per_class, params.draw.per_context)
+
+    def part(name: str) -> dict[str, list[Photo]]:
+        return {
+            variant.name: [
+                Photo("", variant.name, f"{name} {variant.name} {index}")
+                for index in range(counts[name])
+            ]
+            for variant in world.TASK[: params.draw.classes]
+        }
+
+    return Dataset(world.DESCRIPTOR, part("train"), part("val"), part("test"))
+
+
+# --- the stages ----------------------------------------------------------------------------------
+
+
+def _draw(project: Project) -> Work:
+    settings = project.params.draw
+    per_class = world.images_per_class(settings.train_per_class, settings.per_context)
+    count = settings.classes * sum(per_class.values())
+    return Work(f"{count:,} drawings", disk=count * world.SIZE**2 * PNG_BYTES)
+
+
+def _split(project: Project) -> Work:
+    photos = project.photos
+    parts = {"train": photos.train, "val": photos.val, "test": photos.test}
+    paths = [Path(photo.path) for part in parts.values() for photo in part]
+    return Work(
+        f"{len(photos.task.classes):,} classes, "
+        + ", ".join(f"{len(part):,} {name}" for name, part in parts.items()),
+        disk=sum(path.stat().st_size for path in paths if path.is_file()),
+    )
+
+
+def _caption(project: Project) -> Work:
+    if project.params.caption.bank != "captioner":
+        return Work(f"contexts from {project.params.caption.bank}")
+    photos = project.photos
+    return _asking(project, photos.train, _typical_size(photos.train), photos.known)
+
+
+def _typical_size(photos: Sequence[Photo]) -> tuple[int, int]:
+    """Width and height of the photo that is median by area; the drawings' where there is none."""
+    sizes = []
+    for photo in photos:
+        if Path(photo.path).is_file():
+            with Image.open(photo.path) as image:
+                sizes.append(image.size)
+    if not sizes:
+        return world.SIZE, world.SIZE
+    return sorted(sizes, key=math.prod)[len(sizes) // 2]
+
+
+def _asking(
+    project: Project,
+    photos: Sequence[Photo],
+    size: tuple[int, int],
+    known: bool,
+    questions: str = "photos",
+) -> Work:
+    """Both questions of each photo, and those that are asked again for what is in the cache.
+
+    Answers that are not there yet are taken to be usable: how many have to be asked for again is
+    not known.
+    """
+    settings, task = project.params.caption, project.photos.task
+    folder = model_folder(project.params, "caption", "model")
+    keys_of = answer_keys(project.cache, folder, captioner_of(settings))
+    asked, new, batches = 0, 0, 0
+
+    def ask(photos: Sequence[Photo], question: str) -> list[str]:
+        nonlocal asked, new, batches
+        keys = keys_of(photos, question)
+        oids = project.cache.known(keys) if known else {}
+        missing = set(keys) - oids.keys()
+        asked += len(keys)
+        new += len(missing)
+        batches += math.ceil(len(missing) / settings.batch_size)
+        return [project.cache.read(oids[key]).decode() if key in oids else "-" for key in keys]
+
+    for attribute in ATTRIBUTES:
+        accepted_answers(ask, photos, attribute, task)
+    what = f"{asked:,} answers about {len(photos):,} {questions}"
+    if not new or is_endpoint(folder):
+        return Work(what, _reused(asked, new, known))
+    precision = project.gpu.precision(settings.precision)
+    network = networks.Captioner(folder)
+    shrink = min(1, settings.image_side / max(size))
+    size = round(size[0] * shrink), round(size[1] * shrink)
+    question = QUESTION.format(attribute=ATTRIBUTES[0], descriptor=task.descriptor)
+    read, say = network.ask(question, size)
+    each = read.flops + (networks.ANSWER_TOKENS - 1) * say.flops
+    rows = settings.batch_size  # a batch is always full
+    return Work(
+        what,
+        _reused(asked, new, known),
+        {precision: batches * rows * each},
+        # The whole network is in that precision, activations too.
+        (network.weights + rows * read.peak) * DTYPES[precision].itemsize // 4,
+        relief="lower caption.batch_size",
+    )
+
+
+def _reused(total: int, new: int, known: bool) -> str:
+    there = [f"{total - new:,} reused"] if known or total > new else []
+    return ", ".join([*there, f"{'' if known else 'at most '}{new:,} new"])
+
+
+def _finetune(project: Project) -> Work:
+    settings, photos = project.params.finetune, project.photos.train
+    precision = project.gpu.precision(settings.precision)
+    pipeline = networks.text_to_image(model_folder(project.params, "finetune", "base_model"))
+    trained = pipeline.unet, pipeline.text_encoder
+    batch = min(len(photos), fine_tuning.ENCODE_BATCH)
+    encode = networks.encode_images(pipeline, batch)
+    encoding = networks.weight_bytes(*trained, pipeline.vae) + encode.peak
+    with networks.META:
+        lora = 4 * sum(
+            parameter.numel() for parameter in diffusion.add_lora(pipeline, settings.rank, 0)
+        )
+    steps = settings.epochs * math.ceil(len(photos) / settings.batch_size)
+    if settings.gradient_checkpointing:
+        denoising.checkpoint_gradients(pipeline)
+    parts_of_batch = settings.gradient_accumulation
+    step = networks.fine_tuning_step(pipeline, settings.batch_size // parts_of_batch)
+    _cast(precision, *trained)
+    training = networks.weight_bytes(*trained) + ADAM * lora + step.peak
+    return Work(
+        f"{steps:,} steps of {settings.batch_size}, {len(photos):,} photos",
+        flops=_added(
+            ("fp32", encode.flops / batch * len(photos)),
+            (precision, steps * parts_of_batch * step.flops),
+        ),
+        memory=max(encoding, training if steps else 0),
+        disk=lora,
+        relief="raise finetune.gradient_accumulation",
+    )
+
+
+def _cast(precision: str, *parts: torch.nn.Module) -> None:
+    for part in parts:
+        diffusion.cast(part, DTYPES[precision])
+
+
+def _added(*flops: tuple[str, float]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for precision, count in flops:
+        total[precision] = total.get(precision, 0) + count
+    return total
+
+
+def _generate(project: Project) -> Work:
+    settings, count = project.params.generate, project.images
+    folder = model_folder(project.params, "finetune", "base_model")
+    prompts = _missing_images(project, folder)
+    known = prompts is not None
+    new = count if prompts is None else len(prompts)
+    what = f"{count:,} images of {settings.steps} steps"
+    if not new:
+        return Work(what, _reused(count, 0, known))
+    precision = project.gpu.precision(settings.precision)
+    batch, batches = settings.batch_size, math.ceil(new / settings.batch_size)
+    pipeline = networks.text_to_image(folder)
+    rows = batch * (2 if settings.guidance_scale > 1 else 1)
+    text = networks.encode_text(pipeline)
+    denoise = networks.denoise(pipeline, rows)
+    at_once = diffusion.decoded_at_once(pipeline, batch)
+    decode = networks.decode_images(pipeline, at_once)
+    side = diffusion.resolution(pipeline)
+    _cast(precision, pipeline.unet)
+    weights = networks.weight_bytes(pipeline.unet, pipeline.text_encoder, pipeline.vae)
+    evaluations = networks.evaluations(folder, settings.sampler, settings.steps)
+    texts = 1 + (new if prompts is None else len(set(prompts)))
+    return Work(
+        what,
+        _reused(count, new, known),
+        _added(
+            (precision, batches * evaluations * denoise.flops),
+            ("fp32", batches * batch / at_once * decode.flops + texts * text.flops),
+        ),
+        weights + max(denoise.peak, decode.peak),
+        new * side**2 * _png_bytes(),
+        "lower generate.batch_size",
+    )
+
+
+def _missing_images(project: Project, folder: Path) -> list[str] | None:
+    """The prompts of the images that are to be made; None where that cannot be known."""
+    bank = project.forecast.file(layout.BANK)
+    lora = project.forecast.files(layout.LORA)
+    if not project.photos.known or bank is None or lora is None:
+        return None
+    settings = project.params.generate
+    planned = generating.images_of(project.photos.task, read_bank(bank), settings)
+    maker = generating.image_maker(folder, settings)
+    keys = generating.image_keys(project.cache, folder, tree_hash(lora), maker, planned)
+    there = project.cache.known(keys)
+    return [image.prompt for key, image in zip(keys, planned, strict=True) if key not in there]
+
+
+def _png_bytes() -> float:
+    """Bytes for a pixel of the generated images that are there."""
+    images = list((layout.GENERATE / "images").rglob("*.png"))
+    if not images:
+        return PNG_BYTES
+    with Image.open(images[0]) as image:
+        pixels = math.prod(image.size)
+    return statistics.fmean(path.stat().st_size for path in images) / pixels
+
+
+def _classify(project: Project) -> Work:
+    settings, photos = project.params.classify, project.photos
+    folder = model_folder(project.params, "classify", "backbone")
+    planned = [(variant, seed) for seed in settings.seeds for variant in VARIANTS]
+    new, known = _missing_classifiers(project, folder, planned)
+    what = f"{len(planned)} classifiers, {settings.epochs} epochs each"
+    if not new:
+        return Work(what, _reused(len(planned), 0, known))
+    precision = project.gpu.precision(settings.precision)
+    network = networks.Classifier(folder, photos.task, settings.lora_rank)
+    batch, real = settings.batch_size, len(photos.train)
+    steps = settings.epochs * math.ceil(real / batch)
+    # Synthetic images come in whole batches, real photos each once an epoch.
+    rows = {
+        variant: settings.epochs * real
+        + (steps * batch if variant == REAL_AND_SYNTHETIC and project.images else 0)
+        for variant in VARIANTS
+    }
+    largest = min(batch, real) + (batch if project.images else 0)
+    step = network.training_step(largest)
+    # A CLIP reads the classes' texts once a step, however many images are in it.
+    one, two = (network.training_step(images).flops for images in (1, 2))
+    texts = max(0, 2 * one - two)
+    held, changing = network.weights_in_training
+    look = network.look(1)
+    validations = math.ceil(settings.epochs / math.ceil(settings.epochs / VALIDATIONS))
+    looks = len(new) * validations * len(photos.val)
+    return Work(
+        what,
+        _reused(len(planned), len(new), known),
+        _added(
+            (
+                precision,
+                (step.flops - texts) / largest * sum(rows[variant] for variant, _ in new)
+                + texts * steps * len(new),
+            ),
+            ("fp32", look.flops * looks),
+        ),
+        held + ADAM * changing + step.peak,
+        len(new) * network.weights,
+        "lower classify.batch_size",
+    )
+
+
+def _missing_classifiers(
+    project: Project, folder: Path, planned: Sequence[tuple[str, int]]
+) -> tuple[list[tuple[str, int]], bool]:
+    """Those that are to be trained, and whether that is certain for all.
+
+    `real_only` depends on no generated image, so it is known before these are.
+    """
+    photos = project.photos
+    if not photos.known:
+        return list(planned), False
+    forecast, task = project.forecast, photos.task
+    certain = not project.images or forecast.file(layout.GENERATED) is not None
+    synthetic = Labelled((), (), ())
+    if certain and project.images:
+        synthetic = classifying.read_synthetic(task, lambda path: forecast.file(path) or path)
+    if not any(folder.glob("*.safetensors")):
+        return list(planned), True  # nothing was trained with weights that are not here
+    trainer = Trainer(
+        open_backbone(folder),
+        task,
+        classifying.recipe_of(project.params.classify),
+        real=classifying.labelled(photos.train, task),
+        synthetic=synthetic,
+        validation=classifying.labelled(photos.val, task),
+    )
+    asked = [one for one in planned if certain or one[0] == REAL_ONLY]
+    keys = classifying.classifier_keys(project.cache, folder, trainer, asked)
+    there = project.cache.known(keys)
+    made = {one for key, one in zip(keys, asked, strict=True) if key in there}
+    return [one for one in planned if one not in made], certain
+
+
+def _audit(project: Project) -> Work:
+    settings, photos = project.params.audit, project.photos
+    asked = min(settings.captioned_per_class, project.params.generate.images_per_class)
+    work = Work("nothing asked")
+    pipeline = networks.text_to_image(model_folder(project.params, "finetune", "base_model"))
+    if asked:
+        side = diffusion.resolution(pipeline)
+        images, known = _first_images(project, asked)
+        work = _asking(project, images, (side, side), known, "images")
+    pictures = project.images + len(photos.train) + len(photos.val) if project.images else 0
+    network = networks.Classifier(model_folder(project.params, "audit", "feature_model"), None)
+    look = network.look(64)
+    return Work(
+        f"{work.what}, features of {pictures:,}",
+        work.items,
+        _added(*work.flops.items(), ("fp32", pictures / 64 * look.flops)),
+        # One after the other: the captioner, the base model's text features, the feature model.
+        max(
+            work.memory,
+            networks.weight_bytes(pipeline.unet, pipeline.text_encoder, pipeline.vae),
+            network.weights + look.peak,
+        ),
+        relief=work.relief,
+    )
+
+
+def _first_images(project: Project, per_class: int) -> tuple[list[Photo], bool]:
+    """The generated images that the captioner is asked about, and whether these are they."""
+    from bob.stages.audit import first_of_each_class  # late: it brings scikit-learn
+
+    manifest = project.forecast.file(layout.GENERATED)
+    if manifest is None:
+        count = per_class * len(project.photos.task.classes)
+        return [Photo("", "", str(number)) for number in range(count)], False
+    paths = [
+        (image.class_name, project.forecast.file(layout.GENERATE / image.file))
+        for image in first_of_each_class(read_manifest(manifest), per_class)
+    ]
+    return [Photo(str(path), name, sha256(path)) for name, path in paths if path], True
+
+
+def _evaluate(project: Project) -> Work:
+    models = len(project.params.classify.seeds) * len(VARIANTS)
+    test = len(project.photos.test)
+    return _looking(project, f"{models} classifiers on {test:,} photos", models * test, 64, models)
+
+
+def _export(project: Project) -> Work:
+    network = _classifier(project)
+    return Work("one ONNX file", disk=network.weights)
+
+
+def _benchmark(project: Project) -> Work:
+    settings, test = project.params.benchmark, len(project.photos.test)
+    sizes = settings.batch_sizes
+    timed = sum(sizes) * (settings.repeats + measuring.ROUNDS)
+    # ONNX Runtime and torch, each with the network.
+    return _looking(
+        project,
+        f"{test:,} photos, {len(sizes)} batch sizes",
+        2 * (test + timed),
+        max(64, *sizes),
+        2,
+    )
+
+
+def _classifier(project: Project) -> networks.Classifier:
+    return networks.Classifier(
+        model_folder(project.params, "classify", "backbone"),
+        project.photos.task,
+        project.params.classify.lora_rank,
+    )
+
+
+def _looking(project: Project, what: str, looks: int, batch: int, copies: int) -> Work:
+    """Passes forward in fp32, with so many classifiers on the GPU at once."""
+    network = _classifier(project)
+    look = network.look(batch)
+    return Work(
+        what,
+        flops={"fp32": looks / batch * look.flops},
+        memory=copies * network.weights + look.peak,
+    )
+
+
+STAGES: Mapping[str, Callable[[Project], Work]] = {
+    "draw": _draw,
+    "split": _split,
+    "caption": _caption,
+    "finetune": _finetune,
+    "generate": _generate,
+    "audit": _audit,
+    "classify": _classify,
+    "evaluate": _evaluate,
+    "export": _export,
+    "benchmark": _benchmark,
+}
+"""In the order of the table."""

@@ -1,0 +1,103 @@
+"""What was measured: one row a run, in a CSV that git tracks."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bob.commands.study.plan import Arm, Run
+from bob.errors import BobError
+from bob.formats.files import write_csv
+
+COLUMNS = ("setting", "data_seed", "overrides", "code", "inputs")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The metrics of one run, and what it was a run of."""
+
+    setting: str
+    run: tuple[str, int]
+    """The key of the run."""
+    code: str
+    inputs: str
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, run: Run, metrics: dict[str, float]) -> "Row":
+        """What `run` measured."""
+        return cls(run.setting.name, run.key, run.code, run.inputs, metrics)
+
+    def is_of(self, run: Run) -> bool:
+        """Whether it was measured with the code, models and params that `run` would have now."""
+        return (self.code, self.inputs) == (run.code, run.inputs)
+
+
+def value(arm: Arm, seed: int, rows: Mapping[tuple[str, int], Row]) -> float | None:
+    """What `arm` measured under a data seed; None where a run is missing.
+
+    Of a sweep, that of the run best on validation, of several the first; test has no say. Raises
+    BobError where its runs had no validation photo.
+    """
+    points = [rows.get(point.key(seed)) for point in arm.setting.points]
+    found = [row for row in points if row is not None and arm.metric in row.metrics]
+    if len(found) < len(points):
+        return None
+    if not arm.setting.swept or arm.chosen_by is None:
+        return found[0].metrics[arm.metric]
+    if any(arm.chosen_by not in row.metrics for row in found):
+        raise BobError(
+            f"setting {arm.setting.name} has runs without {arm.chosen_by}, so that none of its "
+            "sweep can be chosen; raise data.val_per_class"
+        )
+    by = arm.chosen_by
+    return max(found, key=lambda row: row.metrics[by]).metrics[arm.metric]
+
+
+def write_results(path: Path, rows: Sequence[Row]) -> None:
+    """Write the rows in one step; a metric that a run does not have is left empty."""
+    metrics = sorted({name for row in rows for name in row.metrics})
+    write_csv(
+        path,
+        [*COLUMNS, *metrics],
+        (
+            [
+                row.setting,
+                row.run[1],
+                row.run[0],
+                row.code,
+                row.inputs,
+                *(row.metrics.get(name, "") for name in metrics),
+            ]
+            for row in rows
+        ),
+    )
+
+
+def read_results(path: Path) -> list[Row]:
+    """Read the rows, none where there is no file; raises BobError naming a line that is none."""
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        for number, line in enumerate(reader, start=2):
+            try:
+                rows.append(
+                    Row(
+                        line["setting"],
+                        (line["overrides"], int(line["data_seed"])),
+                        line["code"],
+                        line["inputs"],
+                        {
+                            name: float(value)
+                            for name, value in line.items()
+                            if name not in COLUMNS and value != ""
+                        },
+                    )
+                )
+            except (KeyError, TypeError, ValueError):
+                raise BobError(
+                    f"{path}, line {number} is no result of a study; restore the file with git"
+                ) from None
+    return rows

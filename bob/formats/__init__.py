@@ -1,0 +1,1 @@
+"""What lies on disk: one reader and one writer side by side, and where each file is."""

@@ -1,0 +1,72 @@
+"""The manifest of the generated set: what was asked for, image by image."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from bob.errors import BobError
+from bob.formats.files import read_jsonl, write_jsonl
+from bob.formats.layout import GENERATED
+from bob.formats.prompts import Context
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generated image."""
+
+    class_name: str
+    context: Context | None
+    prompt: str
+    seed: int
+    """Of the initial noise."""
+    file: str
+    """Relative to the manifest's folder."""
+
+
+def write_manifest(path: Path, images: Iterable[Generated]) -> None:
+    """Write the manifest, one image a line."""
+    write_jsonl(
+        path,
+        (
+            {
+                "class": image.class_name,
+                "background": image.context.background if image.context else None,
+                "pose": image.context.pose if image.context else None,
+                "prompt": image.prompt,
+                "seed": image.seed,
+                "file": image.file,
+            }
+            for image in images
+        ),
+    )
+
+
+def read_manifest(path: Path = GENERATED) -> list[Generated]:
+    """Read the manifest; an empty one is a generated set without images."""
+    try:
+        return [
+            Generated(
+                row["class"],
+                None if row["background"] is None else Context(row["background"], row["pose"]),
+                row["prompt"],
+                row["seed"],
+                row["file"],
+            )
+            for row in read_jsonl(path)
+        ]
+    except KeyError as error:
+        raise BobError(f"{path}: an image has no {error}; `dvc repro generate` makes it") from None
+
+
+def check_files(path: Path) -> None:
+    """Raise BobError unless the files beside a manifest are the images that it lists, each once."""
+    listed = sorted(image.file for image in read_manifest(path))
+    there = sorted(
+        file.relative_to(path.parent).as_posix()
+        for file in path.parent.rglob("*")
+        if file.is_file() and file != path
+    )
+    if listed != there:
+        wrong = set(listed) ^ set(there) or {one for one, two in pairwise(listed) if one == two}
+        raise BobError(f"manifest and files of the generated set differ: {min(wrong)}")

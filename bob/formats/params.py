@@ -1,0 +1,160 @@
+"""`params.yaml`: read, checked against its JSON schema, and handed out a stage at a time."""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from bob.errors import BobError
+
+PARAMS = Path("params.yaml")
+PIPELINE = Path("dvc.yaml")
+
+
+class Params:
+    """A read-only view of the parameters that one stage declares, as `params.generate.steps`.
+
+    Raises BobError for a key that exists but is not declared by the stage in `dvc.yaml`: DVC would
+    not rerun the stage when it changes.
+    """
+
+    def __init__(self, values: Mapping[str, Any], stage: str, path: str = "") -> None:
+        self._values, self._stage, self._path = values, stage, path
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        key = f"{self._path}{name}"
+        if name not in self._values:
+            raise BobError(
+                f"stage {self._stage} reads the parameter {key}, which its entry in {PIPELINE} "
+                f"does not declare; add it under stages.{self._stage}.params"
+            )
+        value = self._values[name]
+        return Params(value, self._stage, f"{key}.") if isinstance(value, Mapping) else value
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of `params.yaml`."""
+    return json.loads(
+        resources.files("bob.formats").joinpath("params.schema.json").read_text("utf-8")
+    )
+
+
+def load() -> dict[str, Any]:
+    """Read and validate `params.yaml`.
+
+    Raises BobError with one line: the key's path, what was found, what is allowed, and the nearest
+    key where it looks like a typo.
+    """
+    values = read_yaml(PARAMS)
+    check(PARAMS, values, schema())
+    return values
+
+
+def for_stage(stage: str) -> Params:
+    """The validated parameters that `stage` declares in `dvc.yaml`, and no others."""
+    declared = read_yaml(PIPELINE)["stages"][stage].get("params", [])
+    return Params(select(load(), declared, stage), stage)
+
+
+def select(values: Mapping[str, Any], keys: Iterable[str], stage: str) -> dict[str, Any]:
+    """The part of `values` that `keys`, dotted, name; raises BobError for one that is not there."""
+    selected: dict[str, Any] = {}
+    for key in keys:
+        source, target = values, selected
+        *sections, last = key.split(".")
+        try:
+            for section in sections:
+                source, target = source[section], target.setdefault(section, {})
+            target[last] = source[last]
+        except (KeyError, TypeError):
+            raise BobError(f"{PARAMS} has no {key}; remove it from stages.{stage}.params") from None
+    return selected
+
+
+def check(path: Path, values: Any, rules: Mapping[str, Any]) -> None:
+    """Check the content of the file at `path` against a JSON schema; raises BobError."""
+    errors = list(Draft202012Validator(rules).iter_errors(values))
+    if errors:
+        # A misspelt key is also a missing one; the misspelling is what the user wants to hear of.
+        first = min(errors, key=lambda error: (error.validator == "required", error.json_path))
+        raise BobError(f"{path}: {_explain(first)}")
+
+
+def _explain(error: ValidationError) -> str:
+    # Typed loosely by jsonschema, for which `true` is a schema too.
+    rule: Mapping[str, Any] = error.schema  # type: ignore[assignment]
+    instance: Any = error.instance
+    path = [str(part) for part in error.absolute_path]
+    if error.validator == "additionalProperties":
+        known = list(rule["properties"])
+        unknown = next(str(key) for key in instance if key not in known)
+        near = difflib.get_close_matches(unknown, known, n=1)
+        hint = (
+            f"did you mean {'.'.join([*path, near[0]])}?"
+            if near
+            else f"known here: {', '.join(known)}"
+        )
+        return f"{'.'.join([*path, unknown])} is not a known key; {hint}"
+    if error.validator == "required":
+        missing = next(key for key in rule["required"] if key not in instance)
+        allowed = _allowed(rule["properties"][missing])
+        return f"{'.'.join([*path, missing])} is missing; allowed: {allowed}"
+    found = json.dumps(instance, ensure_ascii=False, default=str)
+    return f"{'.'.join(path) or 'the content'} is {found}; allowed: {_allowed(rule)}"
+
+
+_TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "a section of parameters",
+}
+
+
+def _allowed(rule: Mapping[str, Any]) -> str:
+    """Plain words for what a schema rule allows."""
+    if "description" in rule:
+        return rule["description"]
+    if "anyOf" in rule:
+        return " or ".join(_allowed(option) for option in rule["anyOf"])
+    if "enum" in rule:
+        return ", ".join(map(str, rule["enum"]))
+    if "const" in rule:
+        return str(rule["const"])
+    if "pattern" in rule:
+        return f"text like {rule['pattern']}"
+    words = _TYPES[rule["type"]]
+    if rule["type"] == "array":
+        return f"{words} of at least {rule.get('minItems', 0)} of: {_allowed(rule['items'])}"
+    if "minimum" in rule:
+        words += f" from {rule['minimum']}"
+    if "exclusiveMinimum" in rule:
+        words += f" above {rule['exclusiveMinimum']}"
+    if "maximum" in rule:
+        words += f" to {rule['maximum']}"
+    if "exclusiveMaximum" in rule:
+        words += f" below {rule['exclusiveMaximum']}"
+    return words
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML 1.2 file with DVC's own parser: 1e-4 is a number (for PyYAML it is text)."""
+    try:
+        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BobError(
+            f"{path} is not in {Path.cwd()}; run from the folder that holds dvc.yaml"
+        ) from None
+    except YAMLError as error:
+        raise BobError(f"{path}: not YAML ({' '.join(str(error).split())})") from None

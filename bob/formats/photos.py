@@ -1,0 +1,88 @@
+"""Photos: a split's manifest of them, and reading one from disk."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image, ImageOps
+
+from bob.errors import BobError
+from bob.formats.files import read_json, read_jsonl, write_json, write_jsonl
+from bob.formats.layout import CLASSES
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One real image of a split."""
+
+    path: str
+    """Relative to the project root."""
+    class_name: str
+    """As it stands in a prompt: "Anna Hummingbird"."""
+    sha256: str
+    """Of the file's bytes."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be told apart."""
+
+    descriptor: str
+    """The generic noun of all classes: "aircraft", "bird"."""
+    classes: tuple[str, ...]
+    """Names as they stand in a prompt, sorted; a class's index here is its label."""
+
+
+def write_photos(path: Path, photos: Sequence[Photo]) -> None:
+    """Write a split's manifest, one photo a line."""
+    write_jsonl(path, (asdict(photo) for photo in photos))
+
+
+def read_photos(path: Path) -> list[Photo]:
+    """Read a split's manifest; an empty one is a split without images."""
+    try:
+        return [Photo(**row) for row in read_jsonl(path)]
+    except TypeError as error:
+        raise BobError(f"{path}: not a manifest of photos ({error})") from None
+
+
+def write_task(path: Path, task: Task) -> None:
+    """Write the descriptor and the class names."""
+    write_json(path, {"descriptor": task.descriptor, "classes": list(task.classes)})
+
+
+def read_task(path: Path = CLASSES) -> Task:
+    """Read the descriptor and the class names."""
+    value = read_json(path)
+    return Task(value["descriptor"], tuple(value["classes"]))
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Decode an image completely, upright, as RGB.
+
+    Raises BobError naming the file where it is truncated or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            # A palette or an alpha channel would otherwise become black where it is transparent.
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+                canvas = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(canvas, upright)
+            return upright.convert("RGB")
+    except FileNotFoundError:
+        raise BobError(f"{path} is missing; `dvc checkout` brings tracked files back") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BobError(
+            f"{path} cannot be read as an image ({error}); replace or remove it"
+        ) from None
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    """Cut `items` into lists of `size`; the last may be shorter."""
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])

@@ -1,0 +1,1 @@
+"""Networks: text-to-image, captioners, backbones, and the training of classifiers."""

@@ -1,0 +1,187 @@
+"""Training a LoRA on the noise-prediction loss: latents and token ids in, weights changed."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from torch._dynamo.exc import TorchDynamoException
+from tqdm import tqdm
+
+from bob.errors import BobError
+from bob.models.device import autocast
+
+if TYPE_CHECKING:
+    from bob.cache.checkpoints import Checkpoint
+
+# The published recipe's; the learning rate, epochs and batch size are parameters.
+BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-2, 1.0
+
+
+def train(
+    pipeline: Any,
+    parameters: Sequence[torch.nn.Parameter],
+    means: torch.Tensor,
+    stds: torch.Tensor,
+    tokens: torch.Tensor,
+    settings: Any,
+    dtype: torch.dtype,
+    checkpoint: "Checkpoint | None" = None,
+) -> list[float]:
+    """Minimise the noise-prediction loss in `parameters`; returns the mean loss of every epoch.
+
+    Shapes: `means` and `stds` (n, channels, h, w), `tokens` (n, length). Every random number comes
+    from one generator on the CPU, so a seed means the same training on every device. Goes on from
+    the `checkpoint`, if it holds one, to the same weights as without the interruption. Raises
+    BobError where the loss is no longer a number.
+    """
+    device = pipeline.device
+    random = torch.Generator("cpu").manual_seed(settings.seed)
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    steps_per_epoch = math.ceil(len(means) / settings.batch_size)
+    # Fused: one pass over the hundreds of small LoRA matrices instead of ten kernels for each.
+    optimizer = torch.optim.AdamW(
+        parameters, settings.learning_rate, BETAS, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, settings.warmup_steps, max(1, settings.epochs * steps_per_epoch)
+    )
+    # fp16 has too little range for small gradients; the other precisions need no scaling.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    pool = torch.empty(0, dtype=torch.long)
+    losses: list[float] = []
+
+    if checkpoint and (state := checkpoint.load()):
+        for parameter, value in zip(parameters, state["parameters"], strict=True):
+            parameter.data.copy_(value)
+        for part, name in ((optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
+            part.load_state_dict(state[name])
+        random.set_state(state["random"])
+        pool, losses = state["pool"], state["losses"]
+
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        # The fused attention's backward alone takes a third of a step.
+        pipeline.unet.set_attn_processor(AttnProcessor())
+        pipeline.text_encoder.set_attn_implementation("eager")
+    pipeline.unet.train()
+    pipeline.text_encoder.train()
+    if settings.gradient_checkpointing:
+        checkpoint_gradients(pipeline)
+    if settings.compile:
+        # A cached function that asks for torch's version: diffusers', and harmless when traced.
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        pipeline.unet.compile()  # in place, so that the weights keep their names
+    for epoch in tqdm(
+        range(len(losses), settings.epochs),
+        "fine-tuning",
+        initial=len(losses),
+        total=settings.epochs,
+        unit="epoch",
+        disable=None,
+    ):
+        losses_of_epoch = []
+        for _ in range(steps_per_epoch):
+            index, pool = _next_batch(pool, len(means), settings.batch_size, random)
+            noise = torch.randn(means[index].shape, generator=random)
+            posterior = torch.randn(means[index].shape, generator=random)
+            timestep = torch.randint(
+                noise_scheduler.config.num_train_timesteps, (len(index),), generator=random
+            )
+            drawn = [_send(tensor, device) for tensor in (index, noise, posterior, timestep)]
+            for index, noise, posterior, timestep in zip(
+                *(tensor.chunk(settings.gradient_accumulation) for tensor in drawn), strict=True
+            ):
+                latents = means[index] + stds[index] * posterior
+                noisy = noise_scheduler.add_noise(latents, noise, timestep)
+                with autocast(device, dtype):
+                    # Lowered once, or every layer's keys and values would do it again.
+                    text = pipeline.text_encoder(tokens[index])[0].to(dtype)
+                    prediction = _predict(pipeline.unet, noisy, timestep, text)
+                target = prediction_target(noise_scheduler, latents, noise, timestep)
+                loss = torch.nn.functional.mse_loss(prediction.float(), target)
+                scaler.scale(loss / settings.gradient_accumulation).backward()
+                losses_of_epoch.append(loss.detach())
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+        # Read once an epoch: to read a loss is to wait for the GPU.
+        known = torch.stack(losses_of_epoch).tolist()
+        losses.append(sum(known) / len(known))
+        if not math.isfinite(losses[-1]):
+            raise BobError(
+                "fine-tuning diverged: the loss is no longer a number; lower finetune.learning_rate"
+            )
+        if checkpoint and checkpoint.is_due() and epoch + 1 < settings.epochs:
+            checkpoint.save(
+                {
+                    "parameters": [parameter.data for parameter in parameters],
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "random": random.get_state(),
+                    "pool": pool,
+                    "losses": losses,
+                }
+            )
+    return losses
+
+
+def _predict(
+    unet: Any, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
+) -> torch.Tensor:
+    try:
+        prediction: torch.Tensor = unet(noisy, timestep, text).sample
+    except TorchDynamoException as error:
+        raise BobError(
+            f"finetune.compile: {str(error).strip().splitlines()[0]}; torch.compile needs a C++ "
+            "compiler and Python's headers; without them, set finetune.compile to false"
+        ) from None
+    return prediction
+
+
+def checkpoint_gradients(pipeline: Any) -> None:
+    """Have activations computed a second time for the gradients instead of kept."""
+    pipeline.unet.enable_gradient_checkpointing()
+    pipeline.text_encoder.activation_checkpointing_enable()
+
+
+def prediction_target(
+    scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """What the UNet is to predict, by the base model's own scheduler config.
+
+    epsilon: the noise (DDPM, eq. 14); v_prediction: sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans
+    and Ho 2022, appendix D).
+    """
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timestep)
+    raise BobError(f"the base model predicts {kind!r}; epsilon and v_prediction can be fine-tuned")
+
+
+def _next_batch(
+    pool: torch.Tensor, count: int, size: int, random: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A full batch of indices below `count`, and what is left in the pool of those yet to come.
+
+    The pool is filled with all `count` in a new order each time.
+    """
+    while len(pool) < size:
+        pool = torch.cat([pool, torch.randperm(count, generator=random)])
+    return pool[:size], pool[size:]
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; from pinned memory, or the copy would wait for the GPU's queue."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

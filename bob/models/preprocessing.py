@@ -1,0 +1,80 @@
+"""How an image becomes a network's input."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from bob.formats.photos import batches, open_image
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a network's input, in the terms of timm's data config."""
+
+    size: tuple[int, int]
+    """Height and width of the input, in pixels."""
+    mean: tuple[float, ...]
+    """Per channel (red, green, blue), of values from 0 to 1."""
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    """The input's share of the resized image's side."""
+    crop_mode: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Preprocessing":
+        """What a timm model was trained with."""
+        config = resolve_model_data_config(model)
+        return cls(
+            size=tuple(config["input_size"][1:]),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+        )
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Preprocessing":
+        """The inverse of `dataclasses.asdict`, from JSON, where tuples have become lists."""
+        tuples: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
+        }
+        return cls(**tuples)
+
+
+def read_pixels(path: str | Path, preprocessing: Preprocessing) -> Tensor:
+    """Decode, resize and crop one image as timm does in evaluation: uint8 [3, height, width].
+
+    Raises BobError naming a file that is missing or no image.
+    """
+    transform = create_transform(
+        input_size=(3, *preprocessing.size),
+        is_training=False,
+        use_prefetcher=True,  # timm's word for: give uint8, normalisation comes later
+        interpolation=preprocessing.interpolation,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+    )
+    return transform(open_image(path))
+
+
+def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Pixels as a network wants them: uint8 [N, 3, H, W] to float32 of the same shape."""
+    mean = torch.tensor(preprocessing.mean, device=pixels.device).view(1, -1, 1, 1)
+    std = torch.tensor(preprocessing.std, device=pixels.device).view(1, -1, 1, 1)
+    return (pixels.float() / 255 - mean) / std
+
+
+def read_inputs(
+    paths: Sequence[str | Path], preprocessing: Preprocessing, batch_size: int = 64
+) -> Iterator[Tensor]:
+    """Network inputs of the images, in order and in batches: float32 [<= batch_size, 3, H, W]."""
+    for batch in batches(paths, batch_size):
+        pixels = [read_pixels(path, preprocessing) for path in batch]
+        yield normalise(torch.stack(pixels), preprocessing)

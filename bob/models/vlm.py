@@ -1,0 +1,84 @@
+"""A captioner in a folder: a vision-language model that transformers loads."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from bob.errors import BobError
+from bob.models.device import best_device, dtype_name, resolve_precision
+
+# Named in an answer's key in the item cache: the modules that make it, and what they stand on.
+MADE_BY = ("models.device", "models.vlm")
+LIBRARIES = ("torch", "torchvision", "transformers")
+
+
+class VisionLanguageModel:
+    """An image-text-to-text model, such as Qwen2.5-VL, loaded when it is first asked."""
+
+    made_by: tuple[str, ...] = MADE_BY
+    libraries: tuple[str, ...] = LIBRARIES
+
+    def __init__(self, folder: Path, precision: str, batch_size: int) -> None:
+        self._folder, self._batch_size = folder, batch_size
+        self._device = best_device()
+        self._dtype = resolve_precision(precision, self._device)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What decides an answer besides the folder's content, image, question and code."""
+        return {"precision": dtype_name(self._dtype), "batch_size": self._batch_size}
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        """Processor and model; raises BobError naming the folder where it is no such model."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        try:
+            processor = AutoProcessor.from_pretrained(self._folder, local_files_only=True)
+            model = AutoModelForImageTextToText.from_pretrained(
+                self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            raise BobError(
+                f"caption.model {self._folder} is no image-text-to-text model that transformers "
+                f"loads, and has no endpoint.json ({' '.join(str(error).split())[:200]})"
+            ) from None
+        # The answer starts where the question ends, so padding goes before the question.
+        processor.tokenizer.padding_side = "left"
+        return processor, model.eval().to(self._device)
+
+    def answer(self, images: Sequence[Image.Image], question: str, max_tokens: int) -> list[str]:
+        """Ask one question of at most `batch_size` images, greedily; returns the raw answers.
+
+        Raises BobError where model and images do not fit into the GPU's memory.
+        """
+        try:
+            return self._answer(images, question, max_tokens)
+        except torch.OutOfMemoryError:
+            raise BobError(
+                f"the GPU has too little memory for caption.model {self._folder} with "
+                f"{self._batch_size} images at once; lower caption.batch_size or caption.image_side"
+            ) from None
+
+    @torch.inference_mode()
+    def _answer(self, images: Sequence[Image.Image], question: str, max_tokens: int) -> list[str]:
+        processor, model = self._loaded
+        # Padded to full size: what a model says must not depend on how many are asked with it.
+        padded = [*images, *[images[-1]] * (self._batch_size - len(images))]
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        inputs = processor(
+            text=[text] * len(padded),
+            images=[[image] for image in padded],
+            padding=True,
+            return_tensors="pt",
+        ).to(self._device, dtype=model.dtype)
+        output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        answers = output[: len(images), inputs["input_ids"].shape[1] :]
+        return processor.batch_decode(answers, skip_special_tokens=True)

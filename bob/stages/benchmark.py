@@ -1,0 +1,197 @@
+"""Stage `benchmark`: accuracy, latency and throughput of the ONNX classifier beside torch's.
+
+Latency is from a normalised batch in the host's memory to logits in the host's memory, so copies
+to a GPU and back count. Both runtimes have the same threads and full float32 precision, and take
+turns, so that whatever else the machine does hits both.
+"""
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from bob.formats import layout
+from bob.formats.files import replacing, write_csv, write_json
+from bob.formats.params import Params
+from bob.formats.photos import read_photos
+from bob.models.classifiers import REAL_AND_SYNTHETIC, Trained, load_classifier, read_trained
+from bob.models.device import best_device
+from bob.models.preprocessing import Preprocessing, read_inputs
+
+Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Logits [N, classes] of a batch [N, 3, H, W]."""
+
+ROUNDS = 5
+PERCENTILES = (50, 95, 99)
+
+
+def run(params: Params) -> None:
+    """Write `metrics/onnx.json` and, for plots, a table of timings for each runtime."""
+    trained = read_trained()
+    photos = read_photos(layout.TEST)
+    session = best_session(layout.ONNX)
+    torch_run, device = torch_runner(trained)
+    runs = {"onnxruntime": onnx_runner(session), "torch": torch_run}
+
+    labels = [trained.classes.index(photo.class_name) for photo in photos]
+    accuracy = accuracies(runs, [photo.path for photo in photos], labels, trained.preprocessing)
+    if accuracy["onnxruntime"] != accuracy["torch"]:
+        click.echo(
+            f"warning: on test, ONNX Runtime's top-1 is {accuracy['onnxruntime']} % and torch's "
+            f"{accuracy['torch']} %"
+        )
+    image = np.concatenate(
+        [batch.numpy() for batch in read_inputs([photos[0].path], trained.preprocessing)]
+    )
+    metrics: dict[str, object] = {
+        "top1": accuracy["onnxruntime"],
+        "torch_top1": accuracy["torch"],
+        "provider": session.get_providers()[0],
+        "processor": processor_name(),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none",
+        "threads": torch.get_num_threads(),
+        "onnxruntime": onnxruntime.__version__,
+        "torch": torch.__version__,
+        "model_mb": round(layout.ONNX.stat().st_size / 1e6, 2),
+    }
+    tables: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    for size in tqdm(params.benchmark.batch_sizes, desc="benchmark", disable=None):
+        batch = np.repeat(image, size, axis=0)
+        timings = {
+            name: summarise(milliseconds, size)
+            for name, milliseconds in measure(runs, batch, params.benchmark.repeats).items()
+        }
+        for name, timing in timings.items():
+            tables[name].append({"batch_size": size, **timing})
+        onnx_timing, torch_timing = timings["onnxruntime"], timings["torch"]
+        metrics[f"batch_{size}"] = {
+            **onnx_timing,
+            **{f"torch_{key}": value for key, value in torch_timing.items()},
+            "speedup": round(torch_timing["p50_ms"] / onnx_timing["p50_ms"], 2),
+        }
+    with replacing(layout.BENCHMARK) as folder:
+        for name, rows in tables.items():
+            values = ([*row.values()] for row in rows)
+            write_csv(folder / f"{name}.csv", [*rows[0]], values)
+    write_json(layout.ONNX_METRICS, metrics)
+    fastest = max(tables["onnxruntime"], key=lambda row: row["images_per_second"])
+    click.echo(
+        f"benchmark: {metrics['provider']} reaches {fastest['images_per_second']} images/s "
+        f"(batches of {fastest['batch_size']}), top-1 {metrics['top1']} %, torch's "
+        f"{metrics['torch_top1']} %"
+    )
+
+
+# --- runtimes -----------------------------------------------------------------------------------
+
+
+def best_session(path: Path) -> onnxruntime.InferenceSession:
+    """A session on the best execution provider that really starts: TensorRT, CUDA, else the CPU.
+
+    The list of available providers says only what ONNX Runtime was built with. Whether their
+    libraries load shows when a session starts, and a failure there fills the screen from C++; so
+    nothing is tried without a GPU, and the attempts are silent. The session tells which it was.
+    """
+    onnxruntime.set_default_logger_severity(4)  # fatal only
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    # A waiting thread must not spin: it would take the processor from torch's turn.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    gpu = torch.cuda.is_available()
+    candidates: list[tuple[str, dict[str, str]]] = [
+        ("TensorrtExecutionProvider", {}),
+        ("CUDAExecutionProvider", {"use_tf32": "0"}),
+    ]
+    for name, settings in candidates:
+        if not gpu or name not in onnxruntime.get_available_providers():
+            continue
+        try:
+            session = onnxruntime.InferenceSession(
+                path, options, providers=[(name, settings)], enable_fallback=False
+            )
+        except Exception:  # whatever a provider throws, the next one may work
+            continue
+        if session.get_providers()[0] == name:
+            return session
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def onnx_runner(session: onnxruntime.InferenceSession) -> Run:
+    """The ONNX model as a function from arrays to arrays."""
+    return lambda batch: session.run(["logits"], {"image": batch})[0]
+
+
+def torch_runner(trained: Trained) -> tuple[Run, torch.device]:
+    """The torch model that was exported as a function from arrays to arrays, and its device."""
+    device = best_device()
+    torch.backends.cudnn.allow_tf32 = False  # as ONNX Runtime's session is set up
+    seed = trained.best_seed(REAL_AND_SYNTHETIC)
+    model = load_classifier(trained, REAL_AND_SYNTHETIC, seed)
+    model.to(device).to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def run_torch(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        return model(torch.from_numpy(batch).to(device)).cpu().numpy()
+
+    return run_torch, device
+
+
+def processor_name() -> str:
+    """The CPU's model where the system tells it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# --- measures -----------------------------------------------------------------------------------
+
+
+def accuracies(
+    runs: dict[str, Run], paths: list[str], labels: list[int], preprocessing: Preprocessing
+) -> dict[str, float]:
+    """Top-1 accuracy in percent of each runtime on the images at `paths`."""
+    hits = dict.fromkeys(runs, 0)
+    seen = 0
+    for batch in read_inputs(paths, preprocessing):
+        wanted = np.array(labels[seen : seen + len(batch)])
+        for name, run_batch in runs.items():
+            hits[name] += int((run_batch(batch.numpy()).argmax(1) == wanted).sum())
+        seen += len(batch)
+    return {name: round(100 * count / seen, 2) for name, count in hits.items()}
+
+
+def measure(
+    runs: dict[str, Run], batch: NDArray[np.float32], repeats: int
+) -> dict[str, list[float]]:
+    """Milliseconds of `repeats` calls of each runtime on `batch`, in ROUNDS turns.
+
+    The first call of every turn is not counted: it finds the other runtime's data in the caches.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(ROUNDS):
+        count = repeats * (turn + 1) // ROUNDS - repeats * turn // ROUNDS
+        for name, run_batch in runs.items():
+            run_batch(batch)
+            for _ in range(count):
+                start = time.perf_counter()
+                run_batch(batch)
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def summarise(milliseconds: list[float], batch_size: int) -> dict[str, float]:
+    """Latency percentiles in milliseconds, and images per second over all calls."""
+    percentiles = {f"p{p}_ms": round(float(np.percentile(milliseconds, p)), 3) for p in PERCENTILES}
+    total = sum(milliseconds) / 1000
+    return {**percentiles, "images_per_second": round(batch_size * len(milliseconds) / total, 1)}

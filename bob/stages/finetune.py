@@ -1,0 +1,137 @@
+"""Stage finetune: LoRA on the text-to-image model, with context preservation (paper: step 2)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from dvclive import Live
+from tqdm import tqdm
+
+from bob.cache.checkpoints import Checkpoint
+from bob.cache.items import ItemCache
+from bob.cache.recipe import code_hash, item_key, versions
+from bob.errors import BobError
+from bob.formats.files import replacing
+from bob.formats.layout import BANK, FINETUNE, LORA, TRAIN
+from bob.formats.params import Params
+from bob.formats.photos import Photo, Task, batches, open_image, read_photos, read_task
+from bob.formats.prompts import Entry, prompt, read_bank
+from bob.models import denoising, diffusion
+from bob.models.device import best_device, dtype_name, resolve_precision
+
+# Named in the key of a run's checkpoint: the modules that train, and what they stand on.
+MADE_BY = (
+    "formats.photos",
+    "models.denoising",
+    "models.device",
+    "models.diffusion",
+    "stages.finetune",
+)
+LIBRARIES = ("diffusers", "peft", "pillow", "torch", "transformers")
+# Of the parameters, those that decide the run beside model, captions and precision.
+DECIDING = (
+    "rank",
+    "learning_rate",
+    "warmup_steps",
+    "epochs",
+    "batch_size",
+    "gradient_accumulation",
+    "gradient_checkpointing",
+    "compile",
+    "seed",
+)
+ENCODE_BATCH = 8
+
+
+def run(params: Params) -> None:
+    """Write `results/finetune`: lora/ in diffusers' layout, and curves/ with the loss.
+
+    A run that was killed goes on from its last checkpoint, to the same bytes.
+    """
+    settings = params.finetune
+    if settings.batch_size % settings.gradient_accumulation:
+        raise BobError(
+            f"finetune.batch_size {settings.batch_size} cannot be cut into "
+            f"finetune.gradient_accumulation {settings.gradient_accumulation} equal parts; make "
+            "it a multiple"
+        )
+    task, photos = read_task(), read_photos(TRAIN)
+    captions = training_captions(task, photos, read_bank(BANK), settings.context)
+
+    device, base_model = best_device(), Path(settings.base_model)
+    dtype = resolve_precision(settings.precision, device)
+    with ItemCache() as cache:
+        checkpoint = Checkpoint(
+            cache.folder("checkpoints"),
+            item_key(
+                model=cache.content_hash(base_model),
+                photos=[photo.sha256 for photo in photos],
+                captions=captions,
+                precision=dtype_name(dtype),
+                code=code_hash(MADE_BY),
+                versions=versions(LIBRARIES),
+                **{name: getattr(settings, name) for name in DECIDING},
+            ),
+        )
+    pipeline = diffusion.load(base_model, device)
+    means, stds = encode_photos(pipeline, photos)
+    pipeline.vae = None  # its memory is the training's from here on
+    tokens = diffusion.tokenize(pipeline, captions)
+    # Frozen weights need no more precision than they are multiplied in; LoRA's stay in fp32.
+    diffusion.cast(pipeline.unet, dtype)
+    diffusion.cast(pipeline.text_encoder, dtype)
+    parameters = diffusion.add_lora(pipeline, settings.rank, settings.seed)
+
+    losses = denoising.train(pipeline, parameters, means, stds, tokens, settings, dtype, checkpoint)
+    with replacing(FINETUNE) as folder:
+        write_curves(folder / "curves", losses)
+        diffusion.save_lora(pipeline, folder / LORA.name)
+    checkpoint.remove()
+    count = sum(parameter.numel() for parameter in parameters)
+    print(
+        f"finetune: {count:,} LoRA parameters, {settings.epochs} epochs in {dtype_name(dtype)}"
+        + (f", loss of the last {losses[-1]:.4f}" if losses else "")
+    )
+
+
+def training_captions(
+    task: Task, photos: Sequence[Photo], bank: Sequence[Entry], context: str
+) -> list[str]:
+    """The caption of every photo; with `context` "caption" its own context is in it, else in none.
+
+    Paper, context preservation: what is said of the background and pose need not be learned as
+    part of the class. Raises BobError where the bank is not that of these photos.
+    """
+    contexts = {entry.image: entry.context for entry in bank}
+    if missing := [photo.path for photo in photos if photo.sha256 not in contexts]:
+        raise BobError(f"{BANK} has no entry for {missing[0]}; run `dvc repro caption`")
+    return [
+        prompt(
+            task.descriptor,
+            photo.class_name,
+            contexts[photo.sha256] if context == "caption" else None,
+        )
+        for photo in photos
+    ]
+
+
+def encode_photos(pipeline: Any, photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of every photo's latents, each (n, channels, h, w).
+
+    No flips: a pose says left and right.
+    """
+    encoded = [
+        diffusion.encode_images(pipeline, [open_image(photo.path) for photo in batch])
+        for batch in tqdm(list(batches(photos, ENCODE_BATCH)), "encoding photos", disable=None)
+    ]
+    means, stds = zip(*encoded, strict=True)
+    return torch.cat(means), torch.cat(stds)
+
+
+def write_curves(folder: Path, losses: Sequence[float]) -> None:
+    """Write the loss of every epoch as dvclive does: `plots/metrics/loss.tsv`."""
+    with Live(str(folder), report=None, save_dvc_exp=False, dvcyaml=None) as live:
+        for loss in losses:
+            live.log_metric("loss", loss)
+            live.next_step()

@@ -1,0 +1,346 @@
+"""Stage split: draw the shots, set validation and test aside; the one reader of users' folders.
+
+Later stages read copies under `results/split`, in one layout, so none of them depends on how a
+dataset is laid out, and editing a test photo does not fine-tune a model again.
+"""
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bob.errors import BobError
+from bob.formats.files import replacing, sha256
+from bob.formats.layout import CLASSES, SPLIT, TEST, TRAIN, VAL
+from bob.formats.names import class_name_of
+from bob.formats.params import Params, check, read_yaml
+from bob.formats.photos import Photo, Task, open_image, write_photos, write_task
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
+DATASET_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["descriptor"],
+    "additionalProperties": False,
+    "properties": {
+        "descriptor": {"type": "string", "pattern": r"\S", "description": "a noun such as bird"},
+        "classes": {
+            "type": "object",
+            "description": "a mapping of folders to class names",
+            "additionalProperties": {
+                "type": "string",
+                "pattern": r"\S",
+                "description": "the class's name",
+            },
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder `data/<name>`: class -> photos, by part. `val` and `test` may be missing."""
+
+    descriptor: str
+    train: dict[str, list[Photo]]
+    val: dict[str, list[Photo]] | None
+    test: dict[str, list[Photo]] | None
+
+
+Split = tuple[list[Photo], list[Photo], list[Photo]]
+
+
+def run(params: Params) -> None:
+    """Write `results/split`: the photos as train/, val/ and test/, with a manifest of each."""
+    dataset = read_dataset(Path("data") / params.data.name)
+    parts = dict(
+        zip(
+            (TRAIN, VAL, TEST),
+            split_of(dataset, params.data),
+            strict=True,
+        )
+    )
+    with replacing(SPLIT) as folder:
+        for manifest, photos in parts.items():
+            copies = []
+            for photo in photos:
+                source = Path(photo.path)
+                copy = Path(manifest.stem) / source.parent.name / source.name
+                (folder / copy).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, folder / copy)
+                copies.append(Photo((SPLIT / copy).as_posix(), photo.class_name, photo.sha256))
+            # The folders exist even when empty: DVC fails a stage whose dependency is missing.
+            (folder / manifest.stem).mkdir(exist_ok=True)
+            write_photos(folder / manifest.name, copies)
+        write_task(folder / CLASSES.name, Task(dataset.descriptor, tuple(sorted(dataset.train))))
+    if not parts[VAL]:
+        _warn("there is no validation photo: classify will keep the last epoch of every training")
+    counts = ", ".join(f"{len(photos)} {manifest.stem}" for manifest, photos in parts.items())
+    print(f"split: {len(dataset.train)} classes of {dataset.descriptor}; photos: {counts}")
+
+
+def split_of(dataset: Dataset, settings: Any) -> Split:
+    """The split of `dataset` by `settings`, the parameters of `data`; raises as `draw_split`."""
+    return draw_split(
+        dataset,
+        shots=settings.shots,
+        imbalance=settings.imbalance,
+        seed=settings.seed,
+        val_per_class=settings.val_per_class,
+        test_fraction=settings.test_fraction,
+        name=settings.name,
+    )
+
+
+def draw_split(
+    dataset: Dataset,
+    *,
+    shots: int | str,
+    imbalance: float,
+    seed: int,
+    val_per_class: int,
+    test_fraction: float,
+    name: str,
+) -> Split:
+    """Choose train, validation and test photos of every class.
+
+    Photos are ranked by a hash of the seed and their content, and the shots are the first ones, as
+    many as `shots_by_class` says: so ten shots contain the five and a balanced split the long tail,
+    and a photo that is added moves no other. Validation is the end of the same ranking, so it stays
+    when the number of shots or the imbalance changes. Test, where the dataset has
+    none of its own, is ranked without the seed: every draw of shots is measured on the same photos.
+
+    Raises BobError naming the classes that have too few photos, and what would fit.
+    """
+    train: list[Photo] = []
+    val: list[Photo] = []
+    test: list[Photo] = []
+    pools: dict[str, list[Photo]] = {}
+    for class_name, photos in sorted(dataset.train.items()):
+        if dataset.test is None:
+            ranked = _ranked(photos, "test")
+            held_out = max(1, round(test_fraction * len(photos)))
+            test += sorted(ranked[:held_out], key=_by_path)
+            photos = ranked[held_out:]
+        pools[class_name] = _ranked(photos, str(seed))
+    _check_enough(pools, dataset, shots, val_per_class, name)
+    available = {class_name: len(pool) for class_name, pool in pools.items()}
+    drawn = shots_by_class(available, shots, imbalance, seed)
+
+    for class_name, pool in pools.items():
+        train += pool[: drawn[class_name]]
+        taken = len(pool) if shots == "all" else int(shots)
+        if dataset.val is None and val_per_class:
+            val += sorted(pool[taken:][-val_per_class:], key=_by_path)
+        elif dataset.val is not None:
+            val += dataset.val.get(class_name, [])
+        if dataset.test is not None:
+            test += dataset.test.get(class_name, [])
+    return train, val, test
+
+
+def shots_by_class(
+    available: Mapping[str, int], shots: int | str, imbalance: float, seed: int
+) -> dict[str, int]:
+    """How many photos of each class are for training, of those that are `available`.
+
+    With an `imbalance` of 1 it is `shots` of every class, or all it has. Above, it is the
+    exponential long tail of Cui et al. 2019 (arXiv 1901.05555): the class of rank i among C has
+    max(1, round(n_max * imbalance^(-i / (C - 1)))), where n_max is `shots`, or for `all` what the
+    smallest class has, so that any class can have any rank. Ranks follow a hash of seed and class
+    name: another data seed is another draw of which classes are rare.
+    """
+    if imbalance == 1:
+        return {name: have if shots == "all" else int(shots) for name, have in available.items()}
+    most = min(available.values()) if shots == "all" else int(shots)
+    ranked = sorted(available, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    return {
+        name: max(1, round(most * imbalance ** (-rank / (len(ranked) - 1))))
+        for rank, name in enumerate(ranked)
+    }
+
+
+def _check_enough(
+    pools: Mapping[str, list[Photo]],
+    dataset: Dataset,
+    shots: int | str,
+    val_per_class: int,
+    name: str,
+) -> None:
+    needs_val = dataset.val is None and val_per_class > 0 and shots != "all"
+    needed = (1 if shots == "all" else int(shots)) + needs_val
+    short = {class_name: len(pool) for class_name, pool in pools.items() if len(pool) < needed}
+    if not short:
+        return
+    fits = min(map(len, pools.values())) - needs_val
+    listed = _some(f"{class_name!r} ({count})" for class_name, count in short.items())
+    kept = " and at least one for validation" if needs_val else ""
+    after = " after the test photos are taken" if dataset.test is None else ""
+    advice = f"data.shots: {fits} fits every class" if fits > 0 else "no number of shots would fit"
+    if needs_val and fits < 1:
+        advice += "; data.val_per_class: 0 does without validation"
+    raise BobError(
+        f"data/{name}: too few photos{after} for data.shots: {shots}{kept} in class {listed}; "
+        f"{advice}, or add photos"
+    )
+
+
+def read_dataset(folder: Path) -> Dataset:
+    """Read `folder`: class folders, directly or inside train/, val/ and test/, and dataset.yaml.
+
+    A class is named as its folder, or as `classes` in dataset.yaml says. Every image is decoded
+    once. Raises BobError naming the file or class for: no descriptor, a name for a folder that is
+    not there, two folders of one class, an empty class, an unreadable image, a test class that is
+    not in train, one content in two classes or in two parts. A second copy of an image within a
+    class is left out with a warning.
+    """
+    if not folder.is_dir():
+        raise BobError(
+            f"{folder} is missing; put class folders of photos there, then "
+            f"`dvc add {folder} && git add {folder}.dvc`, or set data.name to what you have"
+        )
+    about = folder / "dataset.yaml"
+    descriptor, names = _read_about(about)
+    if any(path.is_dir() for path in (folder / "train").glob("*")):
+        roots = {
+            part: folder / part for part in ("train", "val", "test") if (folder / part).is_dir()
+        }
+    else:
+        roots = {"train": folder}
+    for name in names:
+        if not any((root / name).is_dir() for root in roots.values()):
+            raise BobError(
+                f"{about}: classes names the folder {name!r}, which is not there; correct or "
+                "remove the entry"
+            )
+    parts = {part: _list_classes(root, names) for part, root in roots.items()}
+
+    files = [path for classes in parts.values() for paths in classes.values() for path in paths]
+    hashes = _decode_and_hash(files)
+    photos = {
+        part: {
+            class_name: [Photo(path.as_posix(), class_name, hashes[path]) for path in paths]
+            for class_name, paths in classes.items()
+        }
+        for part, classes in parts.items()
+    }
+    _check_parts(folder, photos)
+    return Dataset(descriptor, photos["train"], photos.get("val"), photos.get("test"))
+
+
+def _read_about(path: Path) -> tuple[str, dict[str, str]]:
+    """The descriptor, and the names of classes that are not spelled as their folders."""
+    if not path.is_file():
+        raise BobError(
+            f"{path} is missing; write one line into it, the generic noun of all classes, such as: "
+            "descriptor: bird"
+        )
+    value = read_yaml(path)
+    check(path, value, DATASET_SCHEMA)
+    # YAML reads a folder "747" as a number.
+    names = {str(name): " ".join(said.split()) for name, said in value.get("classes", {}).items()}
+    return value["descriptor"].strip(), names
+
+
+def _list_classes(folder: Path, names: Mapping[str, str]) -> dict[str, list[Path]]:
+    classes: dict[str, list[Path]] = {}
+    for directory in sorted(folder.iterdir()):
+        if not directory.is_dir() or directory.name.startswith("."):
+            continue
+        class_name = names.get(directory.name) or class_name_of(directory.name)
+        if class_name in classes:
+            raise BobError(f"{folder}: two folders spell the class {class_name!r}; merge them")
+        files = sorted(
+            path for path in directory.iterdir() if path.is_file() and path.name[0] != "."
+        )
+        classes[class_name] = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+        left_out = [path.name for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+        if left_out:
+            _warn(f"{directory}: not read, for their suffix: {_some(left_out)}")
+        if not classes[class_name]:
+            raise BobError(f"{directory} holds no image; add photos to it or remove the folder")
+    if len(classes) < 2:
+        raise BobError(f"{folder} holds {len(classes)} class folders; at least two are needed")
+    return classes
+
+
+def _decode_and_hash(files: list[Path]) -> dict[Path, str]:
+    def read(path: Path) -> str | BobError:
+        try:
+            open_image(path)
+        except BobError as error:
+            return error
+        return sha256(path)
+
+    with ThreadPoolExecutor() as threads:
+        results = list(
+            tqdm(threads.map(read, files), "reading photos", total=len(files), disable=None)
+        )
+    errors = [result for result in results if isinstance(result, BobError)]
+    if errors:
+        more = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
+        raise BobError(f"{errors[0]}{more}")
+    return dict(zip(files, (str(result) for result in results), strict=True))
+
+
+def _check_parts(folder: Path, photos: dict[str, dict[str, list[Photo]]]) -> None:
+    """Check contents across classes and parts; drops second copies within a class, in place."""
+    seen: dict[str, tuple[str, Photo]] = {}
+    doubles: list[str] = []
+    for part, classes in photos.items():
+        for class_name, members in classes.items():
+            if class_name not in photos["train"]:
+                raise BobError(
+                    f"{folder}/{part}: class {class_name!r} is not in {folder}/train; add it there "
+                    "or remove it"
+                )
+            kept = []
+            for photo in members:
+                other_part, other = seen.setdefault(photo.sha256, (part, photo))
+                if other is photo:
+                    kept.append(photo)
+                elif other_part != part:
+                    raise BobError(
+                        f"{photo.path} is the same image as {other.path}: accuracy on it would be "
+                        "a lie; remove one of them"
+                    )
+                elif other.class_name != class_name:
+                    raise BobError(
+                        f"{photo.path} is the same image as {other.path} of another class; remove "
+                        "the one that is wrong"
+                    )
+                else:
+                    doubles.append(photo.path)
+            members[:] = kept
+        missing = photos["train"].keys() - classes.keys()
+        if missing:
+            _warn(f"{folder}/{part} has no photo of class {_some(map(repr, sorted(missing)))}")
+    if doubles:
+        _warn(f"left out, being second copies within their class: {_some(doubles)}")
+
+
+def _ranked(photos: Iterable[Photo], salt: str) -> list[Photo]:
+    return sorted(
+        photos,
+        key=lambda photo: hashlib.sha256(f"{salt}:{photo.sha256}".encode()).digest(),
+    )
+
+
+def _by_path(photo: Photo) -> str:
+    return photo.path
+
+
+def _some(items: Iterable[str], limit: int = 5) -> str:
+    listed = list(items)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def _warn(message: str) -> None:
+    print(f"split: warning: {message}", file=sys.stderr)
