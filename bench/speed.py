@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bob.commands.plan.gpus import recognise
+from bob.models.gpus import recognise
 from tests.builders import SD15_TEXT, SD15_UNET, SD_VAE, build_text_to_image
 
 

@@ -96,7 +96,7 @@ def test_corpus_covers_every_value_of_every_part_and_body():
 
 def test_same_arguments_give_the_same_bytes_in_another_process():
     script = (
-        "import hashlib; from bob.miniature import world as draw;"
+        "import hashlib; from bob.miniature import world;"
         "image = world.draw(world.TASK[0], 'ocean', 'climbing facing left', 3, 7);"
         "print(hashlib.sha256(image.tobytes()).hexdigest())"
     )

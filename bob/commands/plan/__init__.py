@@ -13,13 +13,13 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from bob.cache.items import ItemCache
-from bob.commands.plan import gpus
 from bob.commands.plan.forecast import MAY_RUN, RESTORED, RUNS, Forecast
 from bob.commands.plan.networks import ANSWER_TOKENS
 from bob.commands.plan.work import STAGES, Project, Work, model_folder
 from bob.errors import BobError
 from bob.formats import params
 from bob.formats.params import Params
+from bob.models import gpus
 from bob.models.captioner import MAX_NEW_TOKENS
 from bob.models.device import best_device, dtype_name, resolve_precision
 from bob.models.endpoint import is_endpoint

@@ -13,7 +13,6 @@ from PIL import Image
 from bob.cache.items import ItemCache, tree_hash
 from bob.commands.plan import networks
 from bob.commands.plan.forecast import UP_TO_DATE, Forecast
-from bob.commands.plan.gpus import Gpu
 from bob.formats import layout
 from bob.formats.files import sha256
 from bob.formats.manifest import read_manifest
@@ -25,6 +24,7 @@ from bob.models import denoising, diffusion
 from bob.models.backbones import open_backbone
 from bob.models.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS
 from bob.models.endpoint import is_endpoint
+from bob.models.gpus import Gpu
 from bob.models.training import VALIDATIONS, Labelled, Trainer
 from bob.stages import benchmark as measuring
 from bob.stages import classify as classifying
