@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bob.__main__ import main
-from bob.cache.items import ItemCache
+from bob.cache.index import Row
+from bob.cache.items import ItemCache, Wanted
 
 LOG = "BOB_MADE_LOG"
 
@@ -26,7 +27,7 @@ def made(log: Path) -> dict[str, list[int]]:
 class CountedCache(ItemCache):
     """An item cache that logs what it makes."""
 
-    def take(self, keys: Any, make: Any, *rest: Any) -> list[str]:
+    def take(self, wanted: Wanted, make: Any, *rest: Any, **named: Any) -> list[Row]:
         def logged(positions: list[int]) -> list[Any]:
             with Path(os.environ[LOG]).open("a") as log:
                 # One write: lines of several stay whole.
@@ -34,7 +35,7 @@ class CountedCache(ItemCache):
             made: list[Any] = make(positions)
             return made
 
-        return super().take(keys, logged, *rest)
+        return super().take(wanted, logged, *rest, **named)
 
 
 if __name__ == "__main__":

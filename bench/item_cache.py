@@ -18,8 +18,8 @@ from pathlib import Path
 
 import click
 
-from bob.cache.items import ItemCache
-from bob.cache.recipe import item_key
+from bob.cache.items import ItemCache, Wanted
+from bob.cache.recipe import Maker, item_key
 from bob.formats.manifest import Generated
 from bob.formats.photos import Task
 from bob.formats.prompts import Context, Entry
@@ -38,8 +38,9 @@ def planned(count: int) -> list[Generated]:
     return plan(task, bank, source="bank", images_per_class=count // CLASSES, seed=0)
 
 
-def keys(images: list[Generated]) -> list[str]:
-    return [item_key(**SETTINGS, prompt=image.prompt, seed=image.seed) for image in images]
+def wanted_of(images: list[Generated]) -> Wanted:
+    recipes = [item_key(**SETTINGS, prompt=image.prompt, seed=image.seed) for image in images]
+    return Wanted(recipes, item_key(**SETTINGS), Maker({}, {}))
 
 
 def fill(count: int, size: int) -> None:
@@ -49,7 +50,7 @@ def fill(count: int, size: int) -> None:
     Repo.init(no_scm=True).close()
     with ItemCache("generate") as cache:
         cache.take(
-            keys(planned(count)),
+            wanted_of(planned(count)),
             lambda positions: [random.Random(number).randbytes(size) for number in positions],
             5000,
             "filling",
@@ -64,15 +65,15 @@ def look_up(count: int) -> None:
     began = time.monotonic()
     images = planned(count)
     planning = time.monotonic()
-    wanted = keys(images)
+    wanted = wanted_of(images)
     hashing = time.monotonic()
     with ItemCache("generate") as cache:
         cache.take(wanted, _none, 32)
-        if cache.made or cache.reused != len(wanted):
+        if cache.made or cache.reused != len(wanted.recipes):
             raise click.ClickException("not all items were found")
     found = time.monotonic()
     click.echo(
-        f"{len(wanted):,} items: plan {planning - began:.1f} s, keys {hashing - planning:.1f} s, "
+        f"{len(wanted.recipes):,} items: plan {planning - began:.1f} s, keys {hashing - planning:.1f} s, "
         f"look up and verify {found - hashing:.1f} s; memory {_peak_mb() - imported:.0f} MB "
         f"beyond the {imported:.0f} MB of the imports"
     )

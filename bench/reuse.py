@@ -81,7 +81,7 @@ def one_shot_more(project: Path) -> Iterator[Finding]:
     """One photo more of each class."""
 
     def keys() -> set[str]:
-        return {item.key for item in read_items(project / "results/items/caption.jsonl")}
+        return {item.recipe for item in read_items(project / "results/items/caption.jsonl")}
 
     dvc(project, "repro", "caption")
     before = keys()

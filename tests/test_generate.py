@@ -152,7 +152,7 @@ def test_the_list_of_items_names_every_image_and_the_manifest_no_key(project, ca
     assert [item.file for item in listed] == [
         str(GENERATE / image.file) for image in read_manifest()
     ]
-    assert not any(item.key in GENERATED.read_text() for item in listed)
+    assert not any(item.recipe in GENERATED.read_text() for item in listed)
 
 
 def test_no_images_need_no_model(project, capsys):

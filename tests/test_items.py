@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,10 @@ from dvc.repo import Repo
 
 from bob.cache import recipe
 from bob.cache.index import Index, Row
-from bob.cache.items import ItemCache
+from bob.cache.items import TRIALS, ItemCache, Wanted
 from bob.cache.lists import Item, read_items, write_items
-from bob.cache.recipe import code_hash, item_key
+from bob.cache.recipe import Maker as Code
+from bob.cache.recipe import code_hashes, item_key
 from bob.cli import cli
 from bob.errors import BobError
 from bob.models import captioner, endpoint, sampling, vlm
@@ -25,6 +28,8 @@ from tests.conftest import ROOT
 from tests.test_pipeline import imported_modules
 
 KEYS = [item_key(number=number) for number in range(10)]
+CODE_NOW = Code({"models.sampling": "now"}, {"torch": "2"})
+CODE_BEFORE = Code({"models.sampling": "before"}, {"torch": "2"})
 INDEX = Path(".dvc/cache/bob/items.sqlite")
 
 
@@ -43,11 +48,19 @@ class Maker:
         return sorted(position for batch in self.batches for position in batch)
 
 
+def wanted(recipes=KEYS, code=CODE_NOW, **more):
+    return Wanted(recipes, "family", code, **more)
+
+
+def oids_of(rows):
+    return [row.oid for row in rows]
+
+
 def take(keys=KEYS, batch_size=4, make=None):
     """Take items in a process's way; returns their bytes and the positions that were made."""
     make = make or Maker()
     with ItemCache("test") as cache:
-        found = [cache.read(oid) for oid in cache.take(keys, make, batch_size)]
+        found = [cache.read(row.oid) for row in cache.take(wanted(keys), make, batch_size)]
         assert (cache.reused, cache.made) == (len(set(keys)) - len(make.made), len(make.made))
     return found, make.made
 
@@ -99,7 +112,7 @@ def test_a_run_that_fails_loses_no_more_than_the_batch_in_flight(repository):
         return make(positions)
 
     with pytest.raises(KeyboardInterrupt), ItemCache("test") as cache:
-        cache.take(KEYS, failing, 4)
+        cache.take(wanted(), failing, 4)
     assert take()[1] == [8, 9]
 
 
@@ -115,8 +128,8 @@ def test_a_batch_is_encoded_and_kept_while_the_next_one_is_made(repository):
         return positions
 
     with ItemCache("test") as cache:
-        oids = cache.take(KEYS, make, 4, encode=lambda position: f"item {position}".encode())
-        assert [cache.read(oid) for oid in oids] == [f"item {n}".encode() for n in range(10)]
+        rows = cache.take(wanted(), make, 4, encode=lambda position: f"item {position}".encode())
+        assert [cache.read(row.oid) for row in rows] == [f"item {n}".encode() for n in range(10)]
     assert len(kept_meanwhile) == 4
 
 
@@ -127,8 +140,131 @@ def test_what_cannot_be_encoded_ends_the_run_and_keeps_the_batches_before(reposi
         return b"item"
 
     with pytest.raises(BobError, match="no room for 5"), ItemCache("test") as cache:
-        cache.take(KEYS, list, 4, encode=encode)
+        cache.take(wanted(), list, 4, encode=encode)
     assert len(Index(INDEX).all()) == 4
+
+
+# --- a change of code ------------------------------------------------------------------------
+
+
+class Otherwise(Maker):
+    """Code that makes some items otherwise."""
+
+    def __init__(self, *positions):
+        super().__init__()
+        self._positions = positions
+
+    def __call__(self, positions):
+        return [
+            item + b"!" if position in self._positions else item
+            for position, item in zip(positions, super().__call__(positions), strict=True)
+        ]
+
+
+def before(recipes=KEYS):
+    """Other code has made all."""
+    with ItemCache("test") as cache:
+        cache.take(wanted(recipes, CODE_BEFORE), Maker(), 4)
+
+
+def now(make=None, **more):
+    """The account of the present code's run, and what was made."""
+    make = make or Maker()
+    with ItemCache("test") as cache:
+        rows = cache.take(wanted(**more), make, 4)
+        return cache.account, make.made, [cache.read(row.oid) for row in rows]
+
+
+def test_of_a_change_that_changes_nothing_one_batch_is_made(repository):
+    before()
+    account, made, items = now()
+    assert len(made) == 4 and {0, 9} < set(made)
+    assert account == (
+        "6 reused (6 of them made by earlier code, same bytes in a trial of 4), 4 made"
+    )
+    assert items == [f"item {n}".encode() for n in range(10)]
+    # Each item keeps its true maker.
+    makers = {row.recipe: row.maker for row in Index(INDEX).all() if row.maker == CODE_NOW.id}
+    assert set(makers) == {KEYS[n] for n in made}
+
+
+def test_what_a_trial_has_shown_holds_for_all_runs_after_it(repository):
+    before()
+    now()
+    more = [*KEYS, *(item_key(number=number) for number in range(10, 14))]
+    before(more)
+    account, made, _ = now(recipes=more)
+    assert made == []
+    assert account == (
+        "14 reused (10 of them made by earlier code, same bytes in an earlier trial), 0 made"
+    )
+
+
+def test_of_a_change_that_changes_one_item_on_trial_all_are_made_anew(repository, capsys):
+    before()
+    account, made, items = now(
+        Otherwise(9), differing=lambda one, other: f"{one.decode()} and {other.decode()}"
+    )
+    assert made == list(range(10))
+    assert account == "0 reused, 10 made"
+    assert items[9] == b"item 9!"
+    told = capsys.readouterr().err
+    assert "1 of 4 items on trial came out otherwise (item 9 and item 9!)" in told
+    assert "none of the 10" in told
+
+
+def test_a_trial_covers_what_the_stage_says_can_differ(repository):
+    """A change of code that acts on one kind of item alone: position 5 is the only one."""
+    before()
+    assert now(Otherwise(5), covering=lambda _: [5])[1] == list(range(10))
+
+
+def test_a_maker_found_different_is_not_tried_again_and_one_found_the_same_stays_the_same(
+    repository,
+):
+    before()
+    now(Otherwise(0))
+    later = [item_key(number=number) for number in range(20, 24)]
+    before(later)
+    assert now(recipes=later)[1] == [0, 1, 2, 3]
+    third = Code({"models.sampling": "third"}, {"torch": "2"})
+    account, made, _ = now(Otherwise(0), code=third, recipes=KEYS)
+    # On trial against the code that makes the same, and maybe, before, against the other.
+    assert len(made) in (4, 8)
+    assert account.startswith(f"{10 - len(made)} reused")
+
+
+def test_no_trial_is_made_where_it_would_cost_what_it_saves_or_where_it_is_forbidden(
+    repository, monkeypatch
+):
+    before()
+    monkeypatch.setenv(TRIALS, "strict")
+    assert now(recipes=KEYS[:5])[1] == list(range(5))
+    monkeypatch.delenv(TRIALS)
+    assert now(recipes=KEYS[5:], on_trial=False)[1] == list(range(5))
+
+
+def test_an_older_items_object_that_is_damaged_is_no_evidence(repository, capsys):
+    before()
+    path = object_path(KEYS[0])
+    path.chmod(0o644)
+    path.write_bytes(b"damaged")
+    _, made, items = now()
+    assert items[0] == b"item 0"
+    assert 0 in made and len(made) == 5
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_an_index_of_an_older_layout_is_begun_anew(repository):
+    with ItemCache("test") as cache:
+        path = cache.index.path
+    path.unlink()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE items (key TEXT PRIMARY KEY, oid TEXT)")
+        db.execute("INSERT INTO items VALUES ('a', 'b')")
+        db.commit()
+    assert take()[1] == list(range(10))
+    assert len(Index(INDEX).all()) == 10
 
 
 # --- what is not trusted ---------------------------------------------------------------------
@@ -210,8 +346,8 @@ def test_an_index_that_cannot_be_opened_is_told_in_one_line(repository):
 
 WORKER = """
 import sys, time
-from bob.cache.items import ItemCache
-from bob.cache.recipe import item_key
+from bob.cache.items import ItemCache, Wanted
+from bob.cache.recipe import Maker, item_key
 
 def make(positions):
     time.sleep(0.05)
@@ -221,8 +357,9 @@ def make(positions):
 numbers = range(*map(int, sys.argv[1:]))
 with ItemCache("test") as cache:
     keys = [item_key(number=number) for number in numbers]
-    oids = cache.take(keys, make, 8)
-    assert [cache.read(oid) for oid in oids] == [str(number).encode() for number in numbers]
+    wanted = Wanted(keys, "family", Maker({}, {}))
+    rows = cache.take(wanted, make, 8)
+    assert [cache.read(row.oid) for row in rows] == [str(number).encode() for number in numbers]
 """
 
 
@@ -249,7 +386,7 @@ def test_processes_that_want_the_same_items_share_the_work(repository):
 
 
 def test_what_a_dead_process_had_begun_is_made_by_another(repository):
-    Index.start(ItemCache("test").index, KEYS[:4])
+    Index.start(ItemCache("test").index, KEYS[:4], CODE_NOW.id)
     assert take()[1] == list(range(10))
 
 
@@ -269,7 +406,7 @@ def test_files_are_placed_as_dvcs_cache_type_says(repository, kinds):
     with Repo() as repo, repo.config.edit("repo") as config:
         config["cache"]["type"] = kinds
     with ItemCache("test") as cache:
-        oids = cache.take(KEYS[:3], Maker(), 4)
+        oids = oids_of(cache.take(wanted(KEYS[:3]), Maker(), 4))
         paths = [Path(f"out/{number}/item") for number in range(3)]
         cache.place(oids, paths)
         again = [Path(f"again/{number}") for number in range(3)]
@@ -288,7 +425,7 @@ def test_a_file_that_cannot_be_linked_is_copied(repository, monkeypatch):
 
     monkeypatch.setattr("os.link", refuse)
     with ItemCache("test") as cache:
-        cache.place(cache.take(KEYS[:1], Maker(), 4), [Path("item")])
+        cache.place(oids_of(cache.take(wanted(KEYS[:1]), Maker(), 4)), [Path("item")])
     assert Path("item").read_bytes() == b"item 0"
 
 
@@ -329,7 +466,7 @@ def test_code_is_hashed_without_comments_and_docstrings(tmp_path, monkeypatch, o
     hashes = []
     for code in (CODE, CODE.replace(old, new)):
         (tmp_path / "module.py").write_text(code)
-        hashes.append(code_hash(["module"]))
+        hashes.append(code_hashes(["module"]))
     assert CODE.replace(old, new) != CODE
     assert (hashes[0] == hashes[1]) is same
 
@@ -389,22 +526,24 @@ def test_pruning_forgets_what_is_gone_and_nothing_else(repository):
     take()
     object_path(KEYS[0]).unlink()
     assert invoke("cache", "prune") == (0, "1 items forgotten\n")
-    assert {row.key for row in Index(INDEX).all()} == set(KEYS[1:])
+    assert {row.recipe for row in Index(INDEX).all()} == set(KEYS[1:])
     assert invoke("cache", "prune") == (0, "0 items forgotten\n")
 
 
 def listed(path=Path("results/items/test.jsonl")):
     """Take all items and list them as a stage does, half as files and half as texts."""
     with ItemCache("test") as cache:
-        oids = cache.take(KEYS, Maker(), 4)
+        rows = cache.take(wanted(), Maker(), 4)
         files = [Path(f"results/test/{number}") for number in range(5)]
-        cache.place(oids[:5], files)
-        texts = [cache.read(oid).decode() for oid in oids[5:]]
+        cache.place(oids_of(rows[:5]), files)
+        texts = [cache.read(row.oid).decode() for row in rows[5:]]
     write_items(
         path,
         [
-            *(Item(key, oid, file=str(f)) for key, oid, f in zip(KEYS, oids, files, strict=False)),
-            *(Item(*all) for all in zip(KEYS[5:], oids[5:], [None] * 5, texts, strict=True)),
+            Item(row.recipe, row.maker, row.oid, file, text)
+            for row, file, text in zip(
+                rows, [*map(str, files), *[None] * 5], [*[None] * 5, *texts], strict=True
+            )
         ],
     )
     return path
@@ -430,7 +569,11 @@ def test_objects_that_were_lost_are_adopted_from_the_workspace(repository):
 
 def test_a_list_that_is_none_is_told_with_its_line(repository):
     path = listed()
-    path.write_text(path.read_text() + json.dumps({"key": "../../x", "md5": "0" * 32}) + "\n")
+    path.write_text(
+        path.read_text()
+        + json.dumps({"recipe": "../../x", "maker": "0" * 64, "md5": "0" * 32})
+        + "\n"
+    )
     with pytest.raises(BobError, match=r"test\.jsonl, line 11: not an item"):
         read_items(path)
     assert invoke("cache", "adopt")[0] == 1
@@ -446,5 +589,5 @@ def test_the_index_is_not_in_the_way_of_dvcs_garbage_collection(repository):
     (repository / "dvc.yaml").write_text("stages: {}\n")
     subprocess.run([sys.executable, "-m", "dvc", "gc", "-w", "-f", "-q"], check=True)
     oid = hashlib.md5(b"item 0").hexdigest()
-    assert Index(INDEX).find(KEYS[:1]) == [Row(KEYS[0], oid, 6, "test")]
+    assert Index(INDEX).find(KEYS[:1]) == [Row(KEYS[0], CODE_NOW.id, oid, 6, "test")]
     assert take()[1] == list(range(10))

@@ -1,4 +1,4 @@
-"""Key -> object: the index of the item cache, an SQLite file that several processes use."""
+"""(Recipe, maker) -> object: the index of the item cache, an SQLite file."""
 
 import json
 import os
@@ -12,25 +12,35 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from bob.cache.recipe import Maker
 from bob.errors import BobError
 
 T = TypeVar("T")
 
+VERSION = 2  # of what a recipe and a maker are hashes of, and of the tables
 _SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, oid TEXT NOT NULL,"
-    " size INTEGER NOT NULL, stage TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS started (key TEXT PRIMARY KEY) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS items (recipe TEXT NOT NULL, maker TEXT NOT NULL, oid TEXT NOT"
+    " NULL, size INTEGER NOT NULL, stage TEXT NOT NULL, PRIMARY KEY (recipe, maker)) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS started (recipe TEXT NOT NULL, maker TEXT NOT NULL,"
+    " PRIMARY KEY (recipe, maker)) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS runs (stage TEXT PRIMARY KEY, reused INTEGER NOT NULL,"
     " made INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS makers (id TEXT PRIMARY KEY, parts TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS trials (family TEXT NOT NULL, one TEXT NOT NULL, other TEXT NOT"
+    " NULL, equal INTEGER NOT NULL, compared INTEGER NOT NULL, recipes TEXT NOT NULL,"
+    " PRIMARY KEY (family, one, other)) WITHOUT ROWID",
+    f"PRAGMA user_version = {VERSION}",
 )
-_AMONG = "IN (SELECT value FROM json_each(?))"  # one parameter, however many keys
+_AMONG = "IN (SELECT value FROM json_each(?))"  # one parameter, however many recipes
 
 
 @dataclass(frozen=True)
 class Row:
     """One item in the index."""
 
-    key: str
+    recipe: str
+    maker: str
+    """Who really made it, also where another maker's run has taken it."""
     oid: str
     """MD5 of the item's bytes: the name of its object in DVC's cache."""
     size: int
@@ -38,8 +48,24 @@ class Row:
     stage: str
 
 
+@dataclass(frozen=True)
+class Trial:
+    """How a batch that two makers have made came out."""
+
+    one: str
+    other: str
+    equal: int
+    """Items that came out byte for byte the same."""
+    compared: int
+
+    @property
+    def same(self) -> bool:
+        """Whether the two are taken to make the same in the whole family."""
+        return self.equal == self.compared
+
+
 class Index:
-    """Key -> object, in an SQLite file that several processes use at once.
+    """(Recipe, maker) -> object, in an SQLite file that several processes use at once.
 
     Every method is one transaction on a connection of its own, in SQLite's default journal mode,
     which also works on shared folders. A damaged file is moved aside with a warning. If `shared`,
@@ -49,32 +75,35 @@ class Index:
     def __init__(self, path: Path, *, shared: bool = False) -> None:
         self.path, self._shared = path, shared
 
-    def find(self, keys: Iterable[str]) -> list[Row]:
-        """The rows of those keys that are there."""
-        asked = json.dumps(list(keys))
-        query = f"SELECT key, oid, size, stage FROM items WHERE key {_AMONG}"
-        return self._transact(lambda db: [Row(*row) for row in db.execute(query, (asked,))])
+    def find(self, recipes: Iterable[str], maker: str | None = None) -> list[Row]:
+        """The rows of those recipes that are there, of one maker or of all."""
+        asked = json.dumps(list(recipes))
+        query = f"SELECT recipe, maker, oid, size, stage FROM items WHERE recipe {_AMONG}"
+        values: tuple[str, ...] = (asked,)
+        if maker is not None:
+            query, values = f"{query} AND maker = ?", (asked, maker)
+        return self._transact(lambda db: [Row(*row) for row in db.execute(query, values)])
 
     def all(self) -> list[Row]:
-        """All rows, by stage and key."""
-        query = "SELECT key, oid, size, stage FROM items ORDER BY stage, key"
+        """All rows, by stage, recipe and maker."""
+        query = "SELECT recipe, maker, oid, size, stage FROM items ORDER BY stage, recipe, maker"
         return self._transact(lambda db: [Row(*row) for row in db.execute(query)])
 
-    def start(self, keys: Sequence[str]) -> set[str]:
-        """Announce that these are about to be made.
+    def start(self, recipes: Sequence[str], maker: str) -> set[str]:
+        """Announce that `maker` is about to make these.
 
-        Returns those of them that nobody has made or announced before, which are now announced.
+        Returns those that it has neither made nor announced before, which are now announced.
         """
-        asked = json.dumps(keys)
+        asked = json.dumps(recipes)
 
         def announce(db: sqlite3.Connection) -> set[str]:
             taken = db.execute(
-                f"SELECT key FROM items WHERE key {_AMONG} "
-                f"UNION SELECT key FROM started WHERE key {_AMONG}",
-                (asked, asked),
+                f"SELECT recipe FROM items WHERE maker = ? AND recipe {_AMONG} "
+                f"UNION SELECT recipe FROM started WHERE maker = ? AND recipe {_AMONG}",
+                (maker, asked, maker, asked),
             )
-            free = set(keys) - {key for (key,) in taken}
-            db.executemany("INSERT INTO started VALUES (?)", [(key,) for key in free])
+            free = set(recipes) - {recipe for (recipe,) in taken}
+            db.executemany("INSERT INTO started VALUES (?, ?)", [(one, maker) for one in free])
             return free
 
         return self._transact(announce)
@@ -84,18 +113,55 @@ class Index:
 
         def insert(db: sqlite3.Connection) -> None:
             db.executemany(
-                "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?)",
-                [(row.key, row.oid, row.size, row.stage) for row in rows],
+                "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?)",
+                [(row.recipe, row.maker, row.oid, row.size, row.stage) for row in rows],
             )
-            db.executemany("DELETE FROM started WHERE key = ?", [(row.key,) for row in rows])
+            db.executemany(
+                "DELETE FROM started WHERE recipe = ? AND maker = ?",
+                [(row.recipe, row.maker) for row in rows],
+            )
 
         self._transact(insert)
 
     def drop(self, rows: Iterable[Row]) -> None:
         """Forget these rows, unless they have come to name another object since."""
-        pairs = [(row.key, row.oid) for row in rows]
+        named = [(row.recipe, row.maker, row.oid) for row in rows]
         self._transact(
-            lambda db: db.executemany("DELETE FROM items WHERE key = ? AND oid = ?", pairs)
+            lambda db: db.executemany(
+                "DELETE FROM items WHERE recipe = ? AND maker = ? AND oid = ?", named
+            )
+        )
+
+    def record_maker(self, maker: Maker) -> None:
+        """Remember what a maker consists of."""
+        parts = json.dumps({"code": dict(maker.code), "libraries": dict(maker.libraries)})
+        self._transact(
+            lambda db: db.execute("INSERT OR IGNORE INTO makers VALUES (?, ?)", (maker.id, parts))
+        )
+
+    def makers(self) -> dict[str, Maker]:
+        """Id -> maker, of all that have made something here."""
+        query = "SELECT id, parts FROM makers"
+        return self._transact(
+            lambda db: {id_: Maker(**json.loads(parts)) for id_, parts in db.execute(query)}
+        )
+
+    def record_trial(self, family: str, trial: Trial, recipes: Sequence[str]) -> None:
+        """Remember how a trial on the items of these `recipes` came out."""
+        values = (family, trial.one, trial.other, trial.equal, trial.compared, json.dumps(recipes))
+        self._transact(
+            lambda db: db.execute("INSERT OR REPLACE INTO trials VALUES (?, ?, ?, ?, ?, ?)", values)
+        )
+
+    def trials(self, family: str) -> list[Trial]:
+        """All trials in a family."""
+        query = "SELECT one, other, equal, compared FROM trials WHERE family = ?"
+        return self._transact(lambda db: [Trial(*row) for row in db.execute(query, (family,))])
+
+    def forget_trials(self, maker: str) -> None:
+        """Forget the trials of a maker, one of whose items came out otherwise after all."""
+        self._transact(
+            lambda db: db.execute("DELETE FROM trials WHERE one = ? OR other = ?", (maker, maker))
         )
 
     def drop_started(self) -> None:
@@ -137,13 +203,26 @@ class Index:
             self.path.chmod(0o664)  # SQLite gives its journal the same
         # A minute, because a process may have been put to sleep in its transaction.
         with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as db:
-            for statement in _SCHEMA:
-                db.execute(statement)
+            if db.execute("PRAGMA user_version").fetchone() != (VERSION,):
+                self._lay_out(db)
             # At once for writing: two that read first and write then would lock each other out.
             db.execute("BEGIN IMMEDIATE")
             result = work(db)
             db.execute("COMMIT")
             return result
+
+    def _lay_out(self, db: sqlite3.Connection) -> None:
+        """Make the tables; those of another version go, since its keys mean something else.
+
+        Version 1 had one hash of recipe and maker together, which cannot be taken apart.
+        """
+        db.execute("BEGIN IMMEDIATE")
+        if db.execute("PRAGMA user_version").fetchone() != (VERSION,):  # by another meanwhile
+            for table in ("items", "started", "runs", "makers", "trials"):
+                db.execute(f"DROP TABLE IF EXISTS {table}")
+            for statement in _SCHEMA:
+                db.execute(statement)
+        db.execute("COMMIT")
 
     def _move_aside(self) -> None:
         try:

@@ -2,9 +2,9 @@
 
 DVC reuses whole stages. Inside a stage that must run, most items (an image, an answer) may have
 been made before: on another branch, in another experiment, in a run that was killed. This module
-maps an item's key, the hash of everything that decides it, to the content hash of the item's bytes.
-The bytes are an object in DVC's local cache, which every experiment of a repository shares; the map
-is an SQLite file beside it.
+maps an item's recipe (the hash of what it is) and its maker (the hash of the code that made it) to
+the content hash of its bytes. The bytes are an object in DVC's local cache, which every experiment
+of a repository shares; the map is an SQLite file beside it.
 
 An object is written before its row in the index, so a process that is killed leaves at worst an
 object without a row, and loses at most the batch it was making, with what of the one before was
@@ -15,23 +15,48 @@ altered object.
 import hashlib
 import os
 import random
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from bob.cache.index import Index, Row, warn
+from bob.cache.index import Index, Row, Trial, warn
 from bob.cache.lists import Item, read_items
-from bob.cache.recipe import item_key
+from bob.cache.recipe import Maker, item_key
 from bob.errors import BobError
 
 PATIENCE = 2.0
 _TABLE = "{:<10}{:>10}{:>16}{:>8}{:>18}{:>8}"
+
+
+TRIALS = "BOB_TRIALS"
+"""Environment variable; `strict` takes nothing that other code has made."""
+
+
+def _nothing(_: Sequence[int]) -> Iterable[int]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Items of one family, and what would make them now."""
+
+    recipes: Sequence[str]
+    family: str
+    maker: Maker
+    covering: Callable[[Sequence[int]], Iterable[int]] = _nothing
+    """Of these positions in `recipes`, those that a trial should not leave out."""
+    differing: Callable[[bytes, bytes], str] | None = None
+    """How far two items are apart, in words."""
+    on_trial: bool = True
+    """Whether a trial may be made; not where it costs as much as what it could save."""
 
 
 class ItemCache:
@@ -57,6 +82,7 @@ class ItemCache:
         self.index = Index(self.folder() / "items.sqlite", shared=shared)
         self._stage = stage
         self.reused, self.made = 0, 0
+        self._by_others, self._tried = 0, 0
 
     def __enter__(self) -> Self:
         return self
@@ -77,31 +103,49 @@ class ItemCache:
         self._store.makedirs(str(path))  # the store's own, so that a shared cache stays shared
         return path
 
+    @property
+    def account(self) -> str:
+        """What was reused and made, in words, and what that rests on."""
+        basis = ""
+        if self._by_others:
+            basis = f"{self._by_others} of them made by earlier code, same bytes"
+            basis += f" in a trial of {self._tried}" if self._tried else " in an earlier trial"
+        return f"{self.reused} reused{f' ({basis})' if basis else ''}, {self.made} made"
+
     def take(
         self,
-        keys: Sequence[str],
+        wanted: Wanted,
         make: Callable[[list[int]], list[Any]],
         batch_size: int,
         progress: str = "",
         encode: Callable[[Any], bytes] = bytes,
-    ) -> list[str]:
-        """The object ids of the items with these keys, in order; what is missing is made.
+    ) -> list[Row]:
+        """The wanted items, in order; what is missing is made.
 
-        `make` gets positions in `keys`, at most `batch_size` of them, and returns the items; it is
-        not called where all items are there. Of items with the same key one is made. `encode` turns
-        an item into its bytes. A batch is encoded and kept in threads while the next one is made.
+        `make` gets positions in `wanted.recipes`, at most `batch_size` of them, and returns the
+        items; it is not called where all items are cached. Of items with the same recipe one is
+        made. `encode` turns an item into its bytes. A batch is encoded and kept in threads while
+        the next one is made.
+
+        Where other code has made items of these recipes, one full batch of them is made again and
+        compared byte for byte. If all are equal, the two makers are taken to make the same in the
+        whole family, now and later, and its other items are reused; if one is not, none is.
 
         Several processes help each other: each announces a batch before it makes it and goes round
         what another has announced. What is still missing in the end it waits for, but no longer
         than PATIENCE of its own slowest batches, and then makes it: the other may have died.
         """
-        position = {key: number for number, key in reversed(list(enumerate(keys)))}
-        oids = self._present(position)
-        self.reused += len(oids)
-        waiting = deque(key for key in dict.fromkeys(keys) if key not in oids)
+        recipes, maker = wanted.recipes, wanted.maker.id
+        position = {recipe: number for number, recipe in reversed(list(enumerate(recipes)))}
+        rows = self._present(position, maker)
+        self.reused += len(rows)
+        if len(rows) < len(position):
+            self.index.record_maker(wanted.maker)
+            rows |= self._by_other_makers(wanted, position, rows, make, batch_size, encode)
+        waiting = deque(recipe for recipe in dict.fromkeys(recipes) if recipe not in rows)
         left_to_others: list[str] = []
         slowest, give_up = 0.0, None
-        kept: Future[dict[str, str]] | None = None
+        kept: Future[dict[str, Row]] | None = None
         with (
             tqdm(total=len(waiting), desc=progress, disable=None if waiting else True) as bar,
             ThreadPoolExecutor() as encoders,
@@ -113,15 +157,15 @@ class ItemCache:
                     candidates = [
                         waiting.popleft() for _ in range(min(batch_size - len(batch), len(waiting)))
                     ]
-                    ours = self.index.start(candidates)
-                    batch += [key for key in candidates if key in ours]
-                    left_to_others += [key for key in candidates if key not in ours]
+                    ours = self.index.start(candidates, maker)
+                    batch += [recipe for recipe in candidates if recipe in ours]
+                    left_to_others += [recipe for recipe in candidates if recipe not in ours]
                 if not batch:
-                    found = self._present(left_to_others)
+                    found = self._present(left_to_others, maker)
                     self.reused += len(found)
-                    oids |= found
+                    rows |= found
                     bar.update(len(found))
-                    left_to_others = [key for key in left_to_others if key not in found]
+                    left_to_others = [recipe for recipe in left_to_others if recipe not in found]
                     if found or give_up is None:
                         give_up = time.monotonic() + PATIENCE * slowest
                     if left_to_others and time.monotonic() < give_up:
@@ -132,39 +176,150 @@ class ItemCache:
                     batch, left_to_others = left_to_others[:batch_size], left_to_others[batch_size:]
                 if batch:
                     began = time.monotonic()
-                    items = make([position[key] for key in batch])
+                    items = make([position[recipe] for recipe in batch])
                     encoded = [encoders.submit(encode, item) for item in items]
                     if kept:  # before the next, so that no more than two are in memory
-                        oids |= kept.result()
-                    kept = keeper.submit(self._keep, batch, encoded)
+                        rows |= kept.result()
+                    kept = keeper.submit(self._keep, batch, maker, encoded)
                     slowest = max(slowest, time.monotonic() - began)
                     bar.update(len(batch))
             if kept:
-                oids |= kept.result()
-        return [oids[key] for key in keys]
+                rows |= kept.result()
+        return [rows[recipe] for recipe in recipes]
 
-    def _keep(self, batch: Sequence[str], encoded: Sequence[Future[bytes]]) -> dict[str, str]:
-        items = [future.result() for future in encoded]
+    def _keep(
+        self, batch: Sequence[str], maker: str, encoded: Sequence[Future[bytes]]
+    ) -> dict[str, Row]:
+        return self._keep_bytes(batch, maker, [future.result() for future in encoded])
+
+    def _keep_bytes(
+        self, batch: Sequence[str], maker: str, items: Sequence[bytes]
+    ) -> dict[str, Row]:
         rows = [
-            Row(key, self._put(item), len(item), self._stage)
-            for key, item in zip(batch, items, strict=True)
+            Row(recipe, maker, self._put(item), len(item), self._stage)
+            for recipe, item in zip(batch, items, strict=True)
         ]
         self.index.add(rows)
         self.made += len(rows)
-        return {row.key: row.oid for row in rows}
+        return {row.recipe: row for row in rows}
 
-    def _present(self, keys: Iterable[str]) -> dict[str, str]:
-        """Key -> object id of the items whose objects are there and whole; the others' rows go."""
+    # --- what other code has made --------------------------------------------------------------
+
+    def _by_other_makers(
+        self,
+        wanted: Wanted,
+        position: Mapping[str, int],
+        present: Mapping[str, Row],
+        make: Callable[[list[int]], list[Any]],
+        batch_size: int,
+        encode: Callable[[Any], bytes],
+    ) -> dict[str, Row]:
+        """What may be reused of other makers' items, and what trials have made to know that."""
+        if os.environ.get(TRIALS) == "strict":
+            return {}
+        missing = {recipe for recipe in position if recipe not in present}
+        made_by: dict[str, dict[str, Row]] = {}
+        for row in self.index.find(missing):
+            made_by.setdefault(row.maker, {})[row.recipe] = row
+        taken: dict[str, Row] = {}
+        same, different = self._judged(wanted)
+        # Those known to make the same first, then those that have made the most.
+        for maker in sorted(made_by, key=lambda one: (one not in same, -len(made_by[one]), one)):
+            rows = {
+                recipe: row
+                for recipe, row in self._whole(made_by[maker].values()).items()
+                if recipe not in taken
+            }
+            if not rows or maker in different:
+                continue
+            if maker not in same:
+                if not wanted.on_trial:
+                    continue
+                tried = self._try(wanted, position, rows, make, batch_size, encode)
+                taken |= tried
+                same, different = self._judged(wanted)
+                if maker not in same:
+                    continue
+                rows = {recipe: row for recipe, row in rows.items() if recipe not in tried}
+            taken |= rows
+            self.reused += len(rows)
+            self._by_others += len(rows)
+        return taken
+
+    def _judged(self, wanted: Wanted) -> tuple[set[str], set[str]]:
+        """The makers that make the same in this family as the present one, and those that do not.
+
+        To make the same bytes is transitive: what is the same as a maker that is the same, is.
+        """
+        trials = self.index.trials(wanted.family)
+        same = {wanted.maker.id}
+        while more := {
+            maker
+            for trial in trials
+            if trial.same and len({trial.one, trial.other} & same) == 1
+            for maker in {trial.one, trial.other} - same
+        }:
+            same |= more
+        different = {
+            maker
+            for trial in trials
+            if not trial.same and {trial.one, trial.other} & same
+            for maker in {trial.one, trial.other} - same
+        }
+        return same, different
+
+    def _try(
+        self,
+        wanted: Wanted,
+        position: Mapping[str, int],
+        rows: Mapping[str, Row],
+        make: Callable[[list[int]], list[Any]],
+        batch_size: int,
+        encode: Callable[[Any], bytes],
+    ) -> dict[str, Row]:
+        """Make a batch of another maker's items, compare, and record what came of it."""
+        places = sorted(position[recipe] for recipe in rows)
+        by_hash = sorted(places, key=lambda place: wanted.recipes[place])
+        chosen = list(dict.fromkeys([places[0], places[-1], *wanted.covering(places), *by_hash]))[
+            :batch_size
+        ]
+        batch = [wanted.recipes[place] for place in chosen]
+        items = [encode(item) for item in make(chosen)]
+        made = self._keep_bytes(batch, wanted.maker.id, items)
+        unequal = [recipe for recipe in batch if made[recipe].oid != rows[recipe].oid]
+        other = rows[batch[0]].maker
+        trial = Trial(wanted.maker.id, other, len(batch) - len(unequal), len(batch))
+        self.index.record_trial(wanted.family, trial, batch)
+        self._tried += len(batch)
+        if unequal:
+            how = ""
+            if wanted.differing:
+                new = items[batch.index(unequal[0])]
+                how = f" ({wanted.differing(self.read(rows[unequal[0]].oid), new)})"
+            tqdm.write(
+                f"{self._stage}: the code has changed, and {len(unequal)} of {len(batch)} items "
+                f"on trial came out otherwise{how}; none of the {len(rows)} that the earlier code "
+                "has made is reused",
+                file=sys.stderr,
+            )
+        return made
+
+    def _present(self, recipes: Iterable[str], maker: str) -> dict[str, Row]:
+        """Recipe -> row of what this maker has made; see `_whole`."""
+        return self._whole(self.index.find(recipes, maker))
+
+    def _whole(self, rows: Iterable[Row]) -> dict[str, Row]:
+        """Recipe -> row of those whose objects are there and whole; the others are forgotten."""
         present, lost = {}, []
-        for row in self.index.find(keys):
+        for row in rows:
             state = self._state(row.oid)
             if state == "whole":
-                present[row.key] = row.oid
+                present[row.recipe] = row
                 continue
             lost.append(row)
             if state == "damaged":
                 warn(
-                    f"object {row.oid} of the DVC cache, {row.stage} item {row.key[:12]}, is "
+                    f"object {row.oid} of the DVC cache, {row.stage} item {row.recipe[:12]}, is "
                     "damaged; the item is made again"
                 )
                 # As DVC does with an object that it finds damaged: no one must be given it.
@@ -238,22 +393,30 @@ class ItemCache:
         )
         return tree_hash(tree)
 
-    def known(self, keys: Iterable[str]) -> dict[str, str]:
-        """Key -> object id of the items that are there, by their names: none is read."""
-        return {row.key: row.oid for row in self.index.find(keys) if self._store.exists(row.oid)}
+    def known(self, wanted: Wanted) -> dict[str, str]:
+        """Recipe -> object id of what is cached, by its name: no object is read.
+
+        Of other makers that which is known to be the same; what a trial would tell is not known.
+        """
+        same, _ = self._judged(wanted)
+        return {
+            row.recipe: row.oid
+            for row in self.index.find(wanted.recipes)
+            if row.maker in same and self._store.exists(row.oid)
+        }
 
     # --- what `bob cache` does -----------------------------------------------------------------
 
     def summary(self) -> list[str]:
         """Lines of a table: items and their bytes by stage, and what the last runs reused."""
-        gone = {row.key for row in self.gone()}
+        gone = {(row.recipe, row.maker) for row in self.gone()}
         runs = self.index.last_runs()
         by_stage: dict[str, list[Row]] = {stage: [] for stage in sorted(runs)}
         for row in self.index.all():
             by_stage.setdefault(row.stage, []).append(row)
         lines = [_TABLE.format("stage", "items", "bytes", "gone", "last run reused", "made")]
         for stage, rows in by_stage.items():
-            kept = [row for row in rows if row.key not in gone]
+            kept = [row for row in rows if (row.recipe, row.maker) not in gone]
             reused, made = runs.get(stage, ("-", "-"))
             size = sum(row.size for row in kept)
             lines.append(_TABLE.format(stage, len(kept), size, len(rows) - len(kept), reused, made))
@@ -282,7 +445,7 @@ class ItemCache:
         for item in listed:
             size = self._brought(item)
             if size is not None:
-                rows.append(Row(item.key, item.oid, size, path.stem))
+                rows.append(Row(item.recipe, item.maker, item.oid, size, path.stem))
         self.index.add(rows)
         return len(rows), len(listed) - len(rows)
 

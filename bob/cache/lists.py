@@ -13,7 +13,9 @@ from bob.formats.files import read_jsonl, write_jsonl
 class Item:
     """One line of `results/items/<stage>.jsonl`, which is what `bob cache adopt` goes by."""
 
-    key: str
+    recipe: str
+    maker: str
+    """Who really made it."""
     oid: str
     file: str | None = None
     """Where the item lies, relative to the project root."""
@@ -26,7 +28,13 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
 
     def lines() -> Iterator[dict[str, Any]]:
         for item in items:
-            line = {"key": item.key, "md5": item.oid, "file": item.file, "text": item.text}
+            line = {
+                "recipe": item.recipe,
+                "maker": item.maker,
+                "md5": item.oid,
+                "file": item.file,
+                "text": item.text,
+            }
             yield {name: value for name, value in line.items() if value is not None}
 
     write_jsonl(path, lines())
@@ -36,8 +44,14 @@ def read_items(path: Path) -> list[Item]:
     """Read a stage's list of items; raises BobError naming the line that is no item."""
     items = []
     for number, line in enumerate(read_jsonl(path), start=1):
-        item = Item(str(line.get("key")), str(line.get("md5")), line.get("file"), line.get("text"))
-        if not (_is_hex(item.key, 64) and _is_hex(item.oid, 32)):
+        item = Item(
+            str(line.get("recipe")),
+            str(line.get("maker")),
+            str(line.get("md5")),
+            line.get("file"),
+            line.get("text"),
+        )
+        if not (_is_hex(item.recipe, 64) and _is_hex(item.maker, 64) and _is_hex(item.oid, 32)):
             raise BobError(f"{path}, line {number}: not an item of a stage, found {line}")
         items.append(item)
     return items

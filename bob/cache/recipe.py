@@ -1,35 +1,60 @@
-"""The key of an item: a hash of everything that decides it, code and versions included."""
+"""What is to be made, and who makes it: recipes and makers.
+
+A *recipe* is the hash of everything that decides an item but the code: model, prompt, seed,
+settings. A *maker* is that code and the libraries it stands on. A *family* is a recipe without what
+differs from item to item: what two makers do alike for some of a family, they do for the others.
+"""
 
 import ast
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata, resources
 
 
 def item_key(**decided_by: object) -> str:
     """SHA-256, in hex, of the canonical JSON of everything that decides an item's bytes.
 
-    To be left out: the item's place in its batch and its neighbours, which decide nothing because
-    every batch is padded to its full size; and the device and its number of threads, which decide
-    the last bits alone, so that one machine can go on with what another has made.
+    To be left out: the code and the versions of libraries, which are the maker's; the item's place
+    in its batch and its neighbours, which decide nothing because every batch is padded to its full
+    size; and the device and its number of threads, which decide the last bits alone, so that one
+    machine can go on with what another has made.
     """
     text = json.dumps(decided_by, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def code_hash(modules: Iterable[str]) -> str:
-    """Hash of what the named modules of bob, such as `models.device`, do.
+@dataclass(frozen=True)
+class Maker:
+    """The code that makes items, in its parts, so that one can say later what changed."""
 
-    Comments, docstrings and layout do not count.
-    """
-    hashed = hashlib.sha256()
+    code: Mapping[str, str]
+    """Module of bob -> hash of what it does."""
+    libraries: Mapping[str, str]
+    """Library -> version."""
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of all parts."""
+        return item_key(code=dict(self.code), libraries=dict(self.libraries))
+
+
+def maker_of(modules: Iterable[str], libraries: Iterable[str]) -> Maker:
+    """The present maker: the modules of bob (`models.device`) and the installed libraries named."""
+    return Maker(code_hashes(modules), versions(libraries))
+
+
+def code_hashes(modules: Iterable[str]) -> dict[str, str]:
+    """Module -> hash of what it does: comments, docstrings and layout do not count."""
+    hashes = {}
     for module in sorted(modules):
         source = (
             resources.files("bob").joinpath(f"{module.replace('.', '/')}.py").read_text("utf-8")
         )
-        hashed.update(f"{module}\n{bare(source)}\n".encode())
-    return hashed.hexdigest()
+        hashes[module] = hashlib.sha256(bare(source).encode()).hexdigest()
+    return hashes
 
 
 class _NoDocstrings(ast.NodeTransformer):

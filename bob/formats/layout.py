@@ -23,10 +23,11 @@ LORA = FINETUNE / "lora"
 GENERATE = Path("results/generate")
 GENERATED = GENERATE / "manifest.jsonl"
 
-# Which items of the item cache the stages used. Nothing depends on these: an item's key
-# changes with the code that makes it, also where the item itself comes out the same.
+# Which items of the item cache the stages used. Nothing depends on these: they name
+# who really made an item, which may change where the item itself comes out the same.
 ITEMS = Path("results/items")
 CAPTION_ITEMS = ITEMS / "caption.jsonl"
+FINETUNE_ITEMS = ITEMS / "finetune.jsonl"
 GENERATED_ITEMS = ITEMS / "generate.jsonl"
 CLASSIFY_ITEMS = ITEMS / "classify.jsonl"
 

@@ -24,6 +24,7 @@ from bob.models.device import autocast, fastest_layout
 logging.disable_progress_bar()  # a bar for five files is noise beside the stage's own
 
 # Attention alone, as in the paper's recipe: the four projections of every attention layer.
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 UNET_LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 

@@ -1,10 +1,12 @@
 """Making images: prompts and seeds in, PNG files out. Here is all that decides an image's bytes."""
 
 import io
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -84,3 +86,15 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=6)
     return buffer.getvalue()
+
+
+def peak_signal_to_noise(one: bytes, other: bytes) -> str:
+    """How far apart two PNG files are, in decibels; above 40 the eye sees no difference."""
+    first, second = (
+        np.asarray(Image.open(io.BytesIO(png), formats=["PNG"]), dtype=float)
+        for png in (one, other)
+    )
+    if first.shape != second.shape:
+        return f"{first.shape[1]}x{first.shape[0]} and {second.shape[1]}x{second.shape[0]} pixels"
+    squared = float(((first - second) ** 2).mean())
+    return f"PSNR {10 * math.log10(255**2 / squared):.1f} dB" if squared else "the same pixels"

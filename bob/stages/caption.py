@@ -3,12 +3,13 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bob.cache.items import ItemCache
+from bob.cache.items import ItemCache, Wanted
 from bob.cache.lists import Item, write_items
-from bob.cache.recipe import code_hash, item_key, versions
+from bob.cache.recipe import item_key, maker_of
 from bob.errors import BobError
 from bob.formats.files import replacing
 from bob.formats.layout import BANK, CAPTION, CAPTION_ITEMS, TRAIN
@@ -45,7 +46,7 @@ def run(params: Params) -> None:
         with ItemCache("caption") as cache:
             ask = cached_ask(cache, settings, items)
             entries = captioned(ask, photos, task)
-        asked = f"{cache.reused} answers reused, {cache.made} made"
+        asked = f"answers: {cache.account}"
     with replacing(CAPTION) as folder:
         write_bank(folder / BANK.name, entries)
     write_items(CAPTION_ITEMS, items)
@@ -59,26 +60,35 @@ def cached_ask(cache: ItemCache, settings: Any, items: list[Item] | None = None)
     The model is loaded for the first answer that is not there; what was asked is added to `items`.
     """
     captioner = captioner_of(settings)
-    keys_of = answer_keys(cache, Path(settings.model), captioner)
+    wanted_of = answers_wanted(cache, Path(settings.model), captioner)
 
     def ask(photos: Sequence[Photo], question: str) -> list[str]:
         def make(numbers: list[int]) -> list[bytes]:
             try:
                 answers = captioner.ask([photos[number] for number in numbers], question)
             except UnansweredError as error:
-                keep({keys[numbers[i]]: answer.encode() for i, answer in error.answers.items()})
+                keep(
+                    {
+                        wanted.recipes[numbers[i]]: answer.encode()
+                        for i, answer in error.answers.items()
+                    }
+                )
                 raise
             return [answer.encode() for answer in answers]
 
         def keep(answers: dict[str, bytes]) -> None:
             made = list(answers.values())
-            cache.take(list(answers), lambda numbers: [made[i] for i in numbers], len(made))
+            answered = replace(wanted, recipes=list(answers), on_trial=False)
+            cache.take(answered, lambda numbers: [made[i] for i in numbers], len(made))
 
-        keys = keys_of(photos, question)
-        oids = cache.take(keys, make, settings.batch_size, "captioning")
-        answers = [cache.read(oid).decode() for oid in oids]
+        wanted = wanted_of(photos, question)
+        rows = cache.take(wanted, make, settings.batch_size, "captioning")
+        answers = [cache.read(row.oid).decode() for row in rows]
         if items is not None:
-            items.extend(map(Item, keys, oids, [None] * len(oids), answers))
+            items.extend(
+                Item(row.recipe, row.maker, row.oid, text=answer)
+                for row, answer in zip(rows, answers, strict=True)
+            )
         return answers
 
     return ask
@@ -94,22 +104,23 @@ def captioner_of(settings: Any) -> Captioner:
     )
 
 
-def answer_keys(
+def answers_wanted(
     cache: ItemCache, folder: Path, captioner: Captioner
-) -> Callable[[Sequence[Photo], str], list[str]]:
-    """Photos and a question -> the keys in the item cache of the answers of what is in `folder`."""
+) -> Callable[[Sequence[Photo], str], Wanted]:
+    """Photos and a question -> the answers of what is in `folder`, as the item cache takes them."""
     common = {
         # The folder's content is the model, unless the captioner says that it is elsewhere.
         "model": cache.content_hash(folder),
         **captioner.settings,
-        "code": code_hash(captioner.made_by),
-        "versions": versions(captioner.libraries),
     }
+    maker = maker_of(captioner.made_by, captioner.libraries)
 
-    def keys(photos: Sequence[Photo], question: str) -> list[str]:
-        return [item_key(**common, photo=photo.sha256, question=question) for photo in photos]
+    def wanted(photos: Sequence[Photo], question: str) -> Wanted:
+        asking = {"item": "answer", **common, "question": question}
+        recipes = [item_key(**asking, photo=photo.sha256) for photo in photos]
+        return Wanted(recipes, item_key(**asking), maker)
 
-    return keys
+    return wanted
 
 
 def captioned(ask: Ask, photos: Sequence[Photo], task: Task) -> list[Entry]:

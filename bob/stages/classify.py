@@ -18,9 +18,10 @@ from typing import Any
 import click
 from dvclive import Live
 
-from bob.cache.items import ItemCache
+from bob.cache.index import Row
+from bob.cache.items import ItemCache, Wanted
 from bob.cache.lists import Item, write_items
-from bob.cache.recipe import code_hash, item_key, versions
+from bob.cache.recipe import item_key, maker_of
 from bob.errors import BobError
 from bob.formats import layout
 from bob.formats.files import replacing, sha256
@@ -39,6 +40,8 @@ from bob.models.classifiers import (
     write_trained,
 )
 from bob.models.training import Labelled, Recipe, Trainer
+
+SETS = ("real", "synthetic", "validation")  # of images, among what decides a classifier
 
 
 def run(params: Params) -> None:
@@ -67,17 +70,17 @@ def run(params: Params) -> None:
     network = trainer.description  # a backbone that is unfit shows before anything is trained
     planned = [(variant, seed) for seed in settings.seeds for variant in VARIANTS]
 
-    def make(numbers: list[int]) -> list[bytes]:
-        return [
-            trainer.make(variant == REAL_AND_SYNTHETIC, seed, f"{variant}, seed {seed}")
-            for variant, seed in (planned[number] for number in numbers)
-        ]
-
     with ItemCache("classify") as cache:
-        keys = classifier_keys(cache, Path(settings.backbone), trainer, planned)
-        oids = cache.take(keys, make, 1, "training")
+        rows: dict[tuple[str, int], Row] = {}
+        for variant in VARIANTS:
+            wanted = classifiers_wanted(
+                cache, Path(settings.backbone), trainer, variant, settings.seeds
+            )
+            rows |= _taken(cache, wanted, trainer, variant, settings.seeds)
         with replacing(layout.CLASSIFY) as folder:
-            cache.place(oids, [weights_path(folder, *one) for one in planned])
+            cache.place(
+                [rows[one].oid for one in planned], [weights_path(folder, *one) for one in planned]
+            )
             histories = {one: read_history(weights_path(folder, *one)) for one in planned}
             curves = Curves(folder / "curves")
             for (variant, seed), history in histories.items():
@@ -100,11 +103,16 @@ def run(params: Params) -> None:
     write_items(
         layout.CLASSIFY_ITEMS,
         (
-            Item(key, oid, file=str(weights_path(layout.CLASSIFY, *one)))
-            for key, oid, one in zip(keys, oids, planned, strict=True)
+            Item(
+                rows[one].recipe,
+                rows[one].maker,
+                rows[one].oid,
+                file=str(weights_path(layout.CLASSIFY, *one)),
+            )
+            for one in planned
         ),
     )
-    click.echo(f"{_summary(trained)} ({cache.reused} reused, {cache.made} made)")
+    click.echo(f"{_summary(trained)} ({cache.account})")
 
 
 def recipe_of(settings: Any) -> Recipe:
@@ -112,22 +120,39 @@ def recipe_of(settings: Any) -> Recipe:
     return Recipe(**{field.name: getattr(settings, field.name) for field in fields(Recipe)})
 
 
-def classifier_keys(
-    cache: ItemCache, folder: Path, trainer: Trainer, planned: Sequence[tuple[str, int]]
-) -> list[str]:
-    """The keys in the item cache of the planned classifiers, each a variant and a seed.
+def _taken(
+    cache: ItemCache, wanted: Wanted, trainer: Trainer, variant: str, seeds: Sequence[int]
+) -> dict[tuple[str, int], Row]:
+    """One variant's classifiers, trained where the cache has none."""
 
-    `folder` is that of the backbone.
+    def make(numbers: list[int]) -> list[bytes]:
+        return [
+            trainer.make(variant == REAL_AND_SYNTHETIC, seeds[n], f"{variant}, seed {seeds[n]}")
+            for n in numbers
+        ]
+
+    rows = cache.take(wanted, make, 1, "training")
+    return {(variant, seed): row for seed, row in zip(seeds, rows, strict=True)}
+
+
+def classifiers_wanted(
+    cache: ItemCache, folder: Path, trainer: Trainer, variant: str, seeds: Sequence[int]
+) -> Wanted:
+    """One variant's classifiers, one a seed, as the item cache takes them.
+
+    `folder` is that of the backbone. Of a family are those that differ in the seed and the images.
     """
     common = {
+        "item": "classifier",
         "backbone": cache.content_hash(folder),
-        "code": code_hash(trainer.made_by),
-        "versions": versions(trainer.libraries),
+        **trainer.settings(variant == REAL_AND_SYNTHETIC),
     }
-    return [
-        item_key(**common, **trainer.settings(variant == REAL_AND_SYNTHETIC), seed=seed)
-        for variant, seed in planned
-    ]
+    family = {name: bool(value) if name in SETS else value for name, value in common.items()}
+    return Wanted(
+        [item_key(**common, seed=seed) for seed in seeds],
+        item_key(**family),
+        maker_of(trainer.made_by, trainer.libraries),
+    )
 
 
 def labelled(photos: Sequence[Photo], task: Task) -> Labelled:

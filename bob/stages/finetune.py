@@ -1,5 +1,7 @@
 """Stage finetune: LoRA on the text-to-image model, with context preservation (paper: step 2)."""
 
+import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,18 +11,19 @@ from dvclive import Live
 from tqdm import tqdm
 
 from bob.cache.checkpoints import Checkpoint
-from bob.cache.items import ItemCache
-from bob.cache.recipe import code_hash, item_key, versions
+from bob.cache.items import ItemCache, Wanted
+from bob.cache.lists import Item, write_items
+from bob.cache.recipe import item_key, maker_of
 from bob.errors import BobError
 from bob.formats.files import replacing
-from bob.formats.layout import BANK, FINETUNE, LORA, TRAIN
+from bob.formats.layout import BANK, FINETUNE, FINETUNE_ITEMS, LORA, TRAIN
 from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, batches, open_image, read_photos, read_task
 from bob.formats.prompts import Entry, prompt, read_bank
 from bob.models import denoising, diffusion
 from bob.models.device import best_device, dtype_name, resolve_precision
 
-# Named in the key of a run's checkpoint: the modules that train, and what they stand on.
+# The maker of a LoRA: the modules that train, and what they stand on.
 MADE_BY = (
     "formats.photos",
     "models.denoising",
@@ -61,19 +64,58 @@ def run(params: Params) -> None:
 
     device, base_model = best_device(), Path(settings.base_model)
     dtype = resolve_precision(settings.precision, device)
-    with ItemCache() as cache:
+    maker = maker_of(MADE_BY, LIBRARIES)
+    with ItemCache("finetune") as cache:
+        deciding = {
+            "model": cache.content_hash(base_model),
+            "photos": [photo.sha256 for photo in photos],
+            "captions": captions,
+            "precision": dtype_name(dtype),
+            **{name: getattr(settings, name) for name in DECIDING},
+        }
+        recipes = [item_key(item=item, **deciding) for item in ("lora", "losses")]
         checkpoint = Checkpoint(
-            cache.folder("checkpoints"),
-            item_key(
-                model=cache.content_hash(base_model),
-                photos=[photo.sha256 for photo in photos],
-                captions=captions,
-                precision=dtype_name(dtype),
-                code=code_hash(MADE_BY),
-                versions=versions(LIBRARIES),
-                **{name: getattr(settings, name) for name in DECIDING},
-            ),
+            cache.folder("checkpoints"), item_key(recipe=recipes[0], maker=maker.id)
         )
+
+        def make(numbers: list[int]) -> list[bytes]:
+            lora, losses = train(base_model, device, dtype, photos, captions, settings, checkpoint)
+            made = (lora, json.dumps(losses).encode())
+            return [made[number] for number in numbers]
+
+        # No trial: it would cost the training that it is to save. The weights after an epoch prove
+        # nothing of those after the last, because code can act later: at a checkpoint, for one.
+        wanted = Wanted(recipes, item_key(item="lora"), maker, on_trial=False)
+        lora, curve = cache.take(wanted, make, len(recipes))
+        losses = json.loads(cache.read(curve.oid))
+        with replacing(FINETUNE) as folder:
+            write_curves(folder / "curves", losses)
+            cache.place([lora.oid], [folder / LORA.name / diffusion.LORA_FILE])
+    checkpoint.remove()
+    made = "trained" if cache.made else "reused"
+    write_items(
+        FINETUNE_ITEMS,
+        [
+            Item(lora.recipe, lora.maker, lora.oid, file=str(LORA / diffusion.LORA_FILE)),
+            Item(curve.recipe, curve.maker, curve.oid, text=json.dumps(losses)),
+        ],
+    )
+    print(
+        f"finetune: LoRA of rank {settings.rank} {made}, {settings.epochs} epochs in "
+        f"{dtype_name(dtype)}" + (f", loss of the last {losses[-1]:.4f}" if losses else "")
+    )
+
+
+def train(
+    base_model: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    photos: Sequence[Photo],
+    captions: Sequence[str],
+    settings: Any,
+    checkpoint: Checkpoint,
+) -> tuple[bytes, list[float]]:
+    """Fine-tune on the captioned photos; the LoRA's file and the mean loss of every epoch."""
     pipeline = diffusion.load(base_model, device)
     means, stds = encode_photos(pipeline, photos)
     pipeline.vae = None  # its memory is the training's from here on
@@ -82,17 +124,10 @@ def run(params: Params) -> None:
     diffusion.cast(pipeline.unet, dtype)
     diffusion.cast(pipeline.text_encoder, dtype)
     parameters = diffusion.add_lora(pipeline, settings.rank, settings.seed)
-
     losses = denoising.train(pipeline, parameters, means, stds, tokens, settings, dtype, checkpoint)
-    with replacing(FINETUNE) as folder:
-        write_curves(folder / "curves", losses)
-        diffusion.save_lora(pipeline, folder / LORA.name)
-    checkpoint.remove()
-    count = sum(parameter.numel() for parameter in parameters)
-    print(
-        f"finetune: {count:,} LoRA parameters, {settings.epochs} epochs in {dtype_name(dtype)}"
-        + (f", loss of the last {losses[-1]:.4f}" if losses else "")
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        diffusion.save_lora(pipeline, Path(folder))
+        return (Path(folder) / diffusion.LORA_FILE).read_bytes(), losses
 
 
 def training_captions(

@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from bob.cache.items import ItemCache
+from bob.cache.items import ItemCache, Wanted
 from bob.cache.lists import Item, write_items
-from bob.cache.recipe import code_hash, item_key, versions
+from bob.cache.recipe import item_key, maker_of
 from bob.formats.files import replacing
 from bob.formats.layout import BANK, GENERATE, GENERATED, GENERATED_ITEMS, LORA
 from bob.formats.manifest import Generated, check_files, write_manifest
@@ -36,24 +36,21 @@ def run(params: Params) -> None:
         return maker.make([image.prompt for image in batch], [image.seed for image in batch])
 
     with ItemCache("generate") as cache:
-        keys = image_keys(cache, base_model, cache.content_hash(LORA), maker, planned)
-        oids = cache.take(keys, make, settings.batch_size, "generating", sampling.png)
+        wanted = images_wanted(cache, base_model, cache.content_hash(LORA), maker, planned)
+        rows = cache.take(wanted, make, settings.batch_size, "generating", sampling.png)
         with replacing(GENERATE) as folder:
             (folder / "images").mkdir()
-            cache.place(oids, [folder / image.file for image in planned])
+            cache.place([row.oid for row in rows], [folder / image.file for image in planned])
             write_manifest(folder / GENERATED.name, planned)
             check_files(folder / GENERATED.name)
     write_items(
         GENERATED_ITEMS,
         (
-            Item(key, oid, file=str(GENERATE / image.file))
-            for key, oid, image in zip(keys, oids, planned, strict=True)
+            Item(row.recipe, row.maker, row.oid, file=str(GENERATE / image.file))
+            for row, image in zip(rows, planned, strict=True)
         ),
     )
-    print(
-        f"generate: {len(planned)} images, context from {settings.context} "
-        f"({cache.reused} reused, {cache.made} made)"
-    )
+    print(f"generate: {len(planned)} images, context from {settings.context} ({cache.account})")
 
 
 def image_maker(base_model: Path, settings: Any) -> sampling.ImageMaker:
@@ -69,21 +66,34 @@ def image_maker(base_model: Path, settings: Any) -> sampling.ImageMaker:
     )
 
 
-def image_keys(
+def images_wanted(
     cache: ItemCache,
     base_model: Path,
     lora: str,
     maker: sampling.ImageMaker,
     planned: Sequence[Generated],
-) -> list[str]:
-    """The keys of the planned images in the item cache; `lora` is the content hash of the LoRA."""
-    common = maker.settings | {
+) -> Wanted:
+    """The planned images as the item cache takes them; `lora` is the content hash of the LoRA."""
+    common = {
+        "item": "image",
+        **maker.settings,
         "model": cache.content_hash(base_model),
         "lora": lora,
-        "code": code_hash(sampling.MADE_BY),
-        "versions": versions(sampling.LIBRARIES),
     }
-    return [item_key(**common, prompt=image.prompt, seed=image.seed) for image in planned]
+
+    def covering(places: Sequence[int]) -> Iterable[int]:
+        """The shortest and the longest prompt, and one without context."""
+        by_length = sorted(places, key=lambda place: len(planned[place].prompt))
+        without = [place for place in places if planned[place].context is None]
+        return [by_length[0], by_length[-1], *without[:1]]
+
+    return Wanted(
+        [item_key(**common, prompt=image.prompt, seed=image.seed) for image in planned],
+        item_key(**common),
+        maker_of(sampling.MADE_BY, sampling.LIBRARIES),
+        covering,
+        sampling.peak_signal_to_noise,
+    )
 
 
 def images_of(task: Task, bank: Sequence[Entry], settings: Any) -> list[Generated]:

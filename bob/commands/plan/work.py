@@ -30,7 +30,7 @@ from bob.stages import benchmark as measuring
 from bob.stages import classify as classifying
 from bob.stages import finetune as fine_tuning
 from bob.stages import generate as generating
-from bob.stages.caption import accepted_answers, answer_keys, captioner_of
+from bob.stages.caption import accepted_answers, answers_wanted, captioner_of
 from bob.stages.split import Dataset, read_dataset, split_of
 
 PNG_BYTES = 1.5
@@ -182,13 +182,14 @@ def _asking(
     """
     settings, task = project.params.caption, project.photos.task
     folder = model_folder(project.params, "caption", "model")
-    keys_of = answer_keys(project.cache, folder, captioner_of(settings))
+    wanted_of = answers_wanted(project.cache, folder, captioner_of(settings))
     asked, new, batches = 0, 0, 0
 
     def ask(photos: Sequence[Photo], question: str) -> list[str]:
         nonlocal asked, new, batches
-        keys = keys_of(photos, question)
-        oids = project.cache.known(keys) if known else {}
+        wanted = wanted_of(photos, question)
+        keys = wanted.recipes
+        oids = project.cache.known(wanted) if known else {}
         missing = set(keys) - oids.keys()
         asked += len(keys)
         new += len(missing)
@@ -310,9 +311,13 @@ def _missing_images(project: Project, folder: Path) -> list[str] | None:
     settings = project.params.generate
     planned = generating.images_of(project.photos.task, read_bank(bank), settings)
     maker = generating.image_maker(folder, settings)
-    keys = generating.image_keys(project.cache, folder, tree_hash(lora), maker, planned)
-    there = project.cache.known(keys)
-    return [image.prompt for key, image in zip(keys, planned, strict=True) if key not in there]
+    wanted = generating.images_wanted(project.cache, folder, tree_hash(lora), maker, planned)
+    cached = project.cache.known(wanted)
+    return [
+        image.prompt
+        for recipe, image in zip(wanted.recipes, planned, strict=True)
+        if recipe not in cached
+    ]
 
 
 def _png_bytes() -> float:
@@ -395,9 +400,16 @@ def _missing_classifiers(
         validation=classifying.labelled(photos.val, task),
     )
     asked = [one for one in planned if certain or one[0] == REAL_ONLY]
-    keys = classifying.classifier_keys(project.cache, folder, trainer, asked)
-    there = project.cache.known(keys)
-    made = {one for key, one in zip(keys, asked, strict=True) if key in there}
+    made = set()
+    for variant in {variant for variant, _ in asked}:
+        seeds = project.params.classify.seeds
+        wanted = classifying.classifiers_wanted(project.cache, folder, trainer, variant, seeds)
+        cached = project.cache.known(wanted)
+        made |= {
+            (variant, seed)
+            for recipe, seed in zip(wanted.recipes, seeds, strict=True)
+            if recipe in cached
+        }
     return [one for one in planned if one not in made], certain
 
 
