@@ -26,7 +26,7 @@ from bob.formats.prompts import Context, Entry
 from bob.stages.generate import plan
 
 CLASSES = 100
-SETTINGS = {"model": "0" * 32, "lora": "0" * 32, "code": "0" * 64, "steps": 20, "batch_size": 32}
+SETTINGS = {"model": "0" * 32, "lora": "0" * 32, "steps": 20, "batch_size": 32}
 
 
 def planned(count: int) -> list[Generated]:
@@ -73,7 +73,8 @@ def look_up(count: int) -> None:
             raise click.ClickException("not all items were found")
     found = time.monotonic()
     click.echo(
-        f"{len(wanted.recipes):,} items: plan {planning - began:.1f} s, keys {hashing - planning:.1f} s, "
+        f"{len(images):,} items: plan {planning - began:.1f} s, "
+        f"recipes {hashing - planning:.1f} s, "
         f"look up and verify {found - hashing:.1f} s; memory {_peak_mb() - imported:.0f} MB "
         f"beyond the {imported:.0f} MB of the imports"
     )

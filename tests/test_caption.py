@@ -122,9 +122,9 @@ def test_what_is_said_of_a_photo_does_not_depend_on_how_many_are_asked_with_it(r
 def test_photos_are_asked_about_again_at_another_size(repository, capsys):
     caption_photos(repository)
     caption_photos(repository)
-    assert "(8 answers reused, 0 made)" in capsys.readouterr().out
+    assert "(answers: 8 reused, 0 made)" in capsys.readouterr().out
     caption_photos(repository, image_side=32)
-    assert "(0 answers reused" in capsys.readouterr().out
+    assert "(answers: 0 reused" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_captioner_is_told_in_one_line(repository):

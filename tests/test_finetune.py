@@ -26,7 +26,7 @@ from bob.models import denoising
 from bob.stages import finetune
 from tests.builders import build_photos, build_text_to_image
 from tests.conftest import ROOT
-from tests.tiny_project import tree
+from tests.tiny_project import forget_items, tree
 
 SETTINGS = {
     "base_model": "base",
@@ -113,6 +113,7 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bytes(project, steps, chan
     given = {"epochs": 60} | changed
     undisturbed = run(**given)
     all_steps = len(steps)
+    forget_items()
     code = (
         "import json, sys; from bob.cache import checkpoints; from bob.stages import finetune;"
         "from bob.formats.params import Params;"
@@ -140,12 +141,22 @@ def test_a_killed_run_goes_on_to_the_same_bytes(project, steps, monkeypatch):
     undisturbed = run()
     assert len(steps) == 4 * STEPS
     assert list(KEPT.iterdir()) == [], "a finished run leaves no checkpoint"
+    forget_items()
     kill_after(3, monkeypatch)
     assert len(list(KEPT.glob("*.pt"))) == 1
     steps.clear()
     assert run() == undisturbed
     assert len(steps) == 1 * STEPS
     assert list(KEPT.iterdir()) == []
+
+
+def test_a_lora_that_was_trained_before_is_loaded(project, steps):
+    """Also by a run to whose code only comments were added, and on another branch."""
+    first = run()
+    run(learning_rate=1e-3)
+    steps.clear()
+    assert run() == first
+    assert steps == []
 
 
 def test_another_run_does_not_go_on_from_the_checkpoint(project, steps, monkeypatch):
@@ -158,6 +169,7 @@ def test_another_run_does_not_go_on_from_the_checkpoint(project, steps, monkeypa
 
 def test_a_damaged_checkpoint_is_named_and_the_run_begins_anew(project, steps, monkeypatch, capsys):
     undisturbed = run()
+    forget_items()
     kill_after(1, monkeypatch)
     (path,) = KEPT.iterdir()
     path.write_bytes(path.read_bytes()[:100])

@@ -215,7 +215,7 @@ def test_flops_are_those_of_the_stage(project, tmp_path, monkeypatch, stage, cha
     if stage == "caption":
         importlib.import_module("bob.stages.split").run(params.for_stage("split"))
     _, work = planned()
-    module = importlib.import_module(f"bob.{stage}")
+    module = importlib.import_module(f"bob.stages.{stage}")
     counted = flops_of(lambda: module.run(params.for_stage(stage)))
     assert counted > 0
     assert sum(work[stage].flops.values()) == pytest.approx(counted, rel=0.05)

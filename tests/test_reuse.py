@@ -10,7 +10,7 @@ import pytest
 
 from bench import kills, reuse
 from bench.project import batches_made, clear_log
-from tests.dvc_project import dvc, make_project, ran, run
+from tests.dvc_project import dvc, make_project, ran, read_params, run
 
 pytestmark = pytest.mark.slow
 
@@ -36,22 +36,92 @@ def test_nothing_is_made_twice(project, measure):
     assert [finding.what for finding in findings if not finding.good] == []
 
 
-def test_other_code_that_gives_the_same_answers_stops_the_wave(project):
-    """The answers are made again, because the code might give others; the bank is the same."""
-    dvc(project, "repro", "generate")
-    module = project / "bob/models/vlm.py"
-    original = module.read_text()
+# A rename, and a change by one ulp, in the code that makes an item; the first changes nothing.
+RENAMED = ("bob/models/diffusion.py", "latents = latents.float()", "decoded = latents.float()")
+RENAMED_USE = ("for part in latents.split(", "for part in decoded.split(")
+LENGTH = "decoded_at_once(pipeline, len(latents))"
+ONE_ULP = (
+    "bob/models/diffusion.py",
+    "latents = latents.float() / pipeline",
+    "latents = torch.nextafter(latents.float(), torch.tensor(9e9)) / pipeline",
+)
+ANSWERS = ("bob/models/vlm.py", "do_sample=False", "do_sample=bool(0)")
+
+
+def edited(project, module, *replacements):
+    """Change a module; returns what it was."""
+    path = project / module
+    text = changed = path.read_text()
+    for old, new in replacements:
+        assert old in changed
+        changed = changed.replace(old, new)
+    path.write_text(changed)
+    return text
+
+
+def made_after(project, module, *replacements):
+    """What a run of all stages makes after an edit, which is taken back then; and what it says."""
+    original = edited(project, module, *replacements)
     try:
         clear_log(project)
-        module.write_text(original.replace("do_sample=False", "do_sample=bool(0)"))
-        assert ran(dvc(project, "repro", "generate")) == {"caption"}
-        assert sum(batches_made(project, "caption")) > 0
+        output = dvc(project, "repro")
+        stages = ("caption", "finetune", "generate", "audit", "classify")
+        return {stage: sum(batches_made(project, stage)) for stage in stages}, output
     finally:
-        module.write_text(original)
-    clear_log(project)
-    module.write_text(original + "\n# A comment.\n")
-    assert ran(dvc(project, "repro", "generate")) == {"caption"}
-    assert batches_made(project, "caption") == []
+        (project / module).write_text(original)
+
+
+NOTHING = {"caption": 0, "finetune": 0, "generate": 0, "audit": 0, "classify": 0}
+
+
+def images(project):
+    return len(list((project / "results/generate/images").rglob("*.png")))
+
+
+def test_of_code_that_makes_the_same_images_one_batch_is_made(project):
+    dvc(project, "repro")
+    batch = read_params(project)["generate"]["batch_size"]
+    module, *rename = RENAMED
+    made, output = made_after(project, module, tuple(rename), RENAMED_USE)
+    # diffusion is what trains the LoRA too, for which there is no trial.
+    lora = {"finetune": 2}
+    assert made == NOTHING | lora | {"generate": batch}
+    old = images(project) - batch
+    assert f"{old} reused ({old} of them made by earlier code, same bytes in a trial" in output
+    assert not ran(output) & {"evaluate", "export", "benchmark"}
+
+
+def test_of_code_that_changes_images_by_an_ulp_all_are_made_anew(project):
+    dvc(project, "repro")
+    module, *change = ONE_ULP
+    made, output = made_after(project, module, tuple(change))
+    assert made["generate"] == images(project)
+    assert "on trial came out otherwise (PSNR" in output
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("models/device", "models/diffusion", "models/denoising", "models/sampling"),
+        *("models/captioner", "models/vlm", "models/backbones", "models/training"),
+        *("formats/photos", "stages/finetune", "cache/items"),
+    ],
+)
+def test_a_comment_makes_no_item(project, module):
+    dvc(project, "repro")
+    path = f"bob/{module}.py"
+    made, output = made_after(project, path, ("\nfrom ", "\n# A comment.\nfrom "))
+    assert made == NOTHING
+    assert ran(output)
+
+
+def test_other_code_that_gives_the_same_answers_stops_the_wave(project):
+    dvc(project, "repro")
+    module, *change = ANSWERS
+    made, output = made_after(project, module, tuple(change))
+    batch = read_params(project)["caption"]["batch_size"]
+    assert 0 < made["caption"] <= 2 * batch  # one trial for each question
+    assert ran(output) == {"caption", "audit"}
 
 
 def test_a_clone_that_pulls_adopts_the_items(project, tmp_path):

@@ -64,18 +64,11 @@ def run(params: Params) -> None:
 
     device, base_model = best_device(), Path(settings.base_model)
     dtype = resolve_precision(settings.precision, device)
-    maker = maker_of(MADE_BY, LIBRARIES)
     with ItemCache("finetune") as cache:
-        deciding = {
-            "model": cache.content_hash(base_model),
-            "photos": [photo.sha256 for photo in photos],
-            "captions": captions,
-            "precision": dtype_name(dtype),
-            **{name: getattr(settings, name) for name in DECIDING},
-        }
-        recipes = [item_key(item=item, **deciding) for item in ("lora", "losses")]
+        wanted = lora_wanted(cache, photos, captions, settings, dtype)
         checkpoint = Checkpoint(
-            cache.folder("checkpoints"), item_key(recipe=recipes[0], maker=maker.id)
+            cache.folder("checkpoints"),
+            item_key(recipe=wanted.recipes[0], maker=wanted.maker.id),
         )
 
         def make(numbers: list[int]) -> list[bytes]:
@@ -83,10 +76,7 @@ def run(params: Params) -> None:
             made = (lora, json.dumps(losses).encode())
             return [made[number] for number in numbers]
 
-        # No trial: it would cost the training that it is to save. The weights after an epoch prove
-        # nothing of those after the last, because code can act later: at a checkpoint, for one.
-        wanted = Wanted(recipes, item_key(item="lora"), maker, on_trial=False)
-        lora, curve = cache.take(wanted, make, len(recipes))
+        lora, curve = cache.take(wanted, make, len(wanted.recipes))
         losses = json.loads(cache.read(curve.oid))
         with replacing(FINETUNE) as folder:
             write_curves(folder / "curves", losses)
@@ -103,6 +93,31 @@ def run(params: Params) -> None:
     print(
         f"finetune: LoRA of rank {settings.rank} {made}, {settings.epochs} epochs in "
         f"{dtype_name(dtype)}" + (f", loss of the last {losses[-1]:.4f}" if losses else "")
+    )
+
+
+def lora_wanted(
+    cache: ItemCache,
+    photos: Sequence[Photo],
+    captions: Sequence[str],
+    settings: Any,
+    dtype: torch.dtype,
+) -> Wanted:
+    """The LoRA's file and the losses of its epochs, as the item cache takes them."""
+    deciding = {
+        "model": cache.content_hash(Path(settings.base_model)),
+        "photos": [photo.sha256 for photo in photos],
+        "captions": list(captions),
+        "precision": dtype_name(dtype),
+        **{name: getattr(settings, name) for name in DECIDING},
+    }
+    # No trial: it would cost the training that it is to save. The weights after an epoch prove
+    # nothing of those after the last, because code can act later: at a checkpoint, for one.
+    return Wanted(
+        [item_key(item=item, **deciding) for item in ("lora", "losses")],
+        item_key(item="lora"),
+        maker_of(MADE_BY, LIBRARIES),
+        on_trial=False,
     )
 
 

@@ -23,6 +23,7 @@ from bob.miniature import world
 from bob.models import denoising, diffusion
 from bob.models.backbones import open_backbone
 from bob.models.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS
+from bob.models.device import best_device, resolve_precision
 from bob.models.endpoint import is_endpoint
 from bob.models.gpus import Gpu
 from bob.models.training import VALIDATIONS, Labelled, Trainer
@@ -224,8 +225,24 @@ def _reused(total: int, new: int, known: bool) -> str:
     return ", ".join([*there, f"{'' if known else 'at most '}{new:,} new"])
 
 
+def _lora_is_cached(project: Project) -> bool:
+    """Whether the LoRA was trained before; false also where that cannot be known yet."""
+    bank, photos = project.forecast.file(layout.BANK), project.photos
+    if bank is None or not photos.known:
+        return False
+    settings = project.params.finetune
+    captions = fine_tuning.training_captions(
+        photos.task, photos.train, read_bank(bank), settings.context
+    )
+    dtype = resolve_precision(settings.precision, best_device())
+    wanted = fine_tuning.lora_wanted(project.cache, photos.train, captions, settings, dtype)
+    return len(project.cache.known(wanted)) == len(wanted.recipes)
+
+
 def _finetune(project: Project) -> Work:
     settings, photos = project.params.finetune, project.photos.train
+    if _lora_is_cached(project):
+        return Work("LoRA", "1 reused")
     precision = project.gpu.precision(settings.precision)
     pipeline = networks.text_to_image(model_folder(project.params, "finetune", "base_model"))
     trained = pipeline.unet, pipeline.text_encoder
