@@ -127,6 +127,18 @@ def plan(gpu: str | None) -> None:
 
 @cli.command()
 @click.argument("stages", nargs=-1, metavar="[STAGE]...")
+def why(stages: tuple[str, ...]) -> None:
+    """Say what makes stages run: the parameter, the file, the function.
+
+    Of all stages, if none is named. Compares with what dvc.lock recorded; runs nothing.
+    """
+    from bob.commands.why import why as say_why
+
+    say_why(stages)
+
+
+@cli.command()
+@click.argument("stages", nargs=-1, metavar="[STAGE]...")
 def verify(stages: tuple[str, ...]) -> None:
     """Check that stages touch what dvc.yaml declares for them, and nothing else.
 
