@@ -10,6 +10,7 @@ import pytest
 
 from bench import kills, reuse
 from bench.project import batches_made, clear_log
+from bob.cli import STAGES
 from tests.dvc_project import dvc, make_project, ran, read_params, run
 
 pytestmark = pytest.mark.slow
@@ -36,14 +37,14 @@ def test_nothing_is_made_twice(project, measure):
     assert [finding.what for finding in findings if not finding.good] == []
 
 
-# A rename, and a change by one ulp, in the code that makes an item; the first changes nothing.
+# A rename, which changes nothing, and a change of the latents by a hundredth, which shows in bytes
+# (one ulp there is lost when pixels are rounded to 8 bits, and then the images are the same).
 RENAMED = ("bob/models/diffusion.py", "latents = latents.float()", "decoded = latents.float()")
 RENAMED_USE = ("for part in latents.split(", "for part in decoded.split(")
-LENGTH = "decoded_at_once(pipeline, len(latents))"
-ONE_ULP = (
+BRIGHTER = (
     "bob/models/diffusion.py",
     "latents = latents.float() / pipeline",
-    "latents = torch.nextafter(latents.float(), torch.tensor(9e9)) / pipeline",
+    "latents = 1.01 * latents.float() / pipeline",
 )
 ANSWERS = ("bob/models/vlm.py", "do_sample=False", "do_sample=bool(0)")
 
@@ -91,28 +92,29 @@ def test_of_code_that_makes_the_same_images_one_batch_is_made(project):
     assert not ran(output) & {"evaluate", "export", "benchmark"}
 
 
-def test_of_code_that_changes_images_by_an_ulp_all_are_made_anew(project):
+def test_of_code_that_changes_images_all_are_made_anew(project):
     dvc(project, "repro")
-    module, *change = ONE_ULP
+    module, *change = BRIGHTER
     made, output = made_after(project, module, tuple(change))
     assert made["generate"] == images(project)
     assert "on trial came out otherwise (PSNR" in output
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        *("models/device", "models/diffusion", "models/denoising", "models/sampling"),
-        *("models/captioner", "models/vlm", "models/backbones", "models/training"),
-        *("formats/photos", "stages/finetune", "cache/items"),
-    ],
-)
-def test_a_comment_makes_no_item(project, module):
+def test_comments_in_every_module_make_no_item(project):
     dvc(project, "repro")
-    path = f"bob/{module}.py"
-    made, output = made_after(project, path, ("\nfrom ", "\n# A comment.\nfrom "))
-    assert made == NOTHING
-    assert ran(output)
+    modules = sorted((project / "bob").rglob("*.py"))
+    before = {module: module.read_text() for module in modules}
+    try:
+        for module, text in before.items():
+            module.write_text(f"{text}\n# A comment.\n")
+        clear_log(project)
+        output = dvc(project, "repro")
+    finally:
+        for module, text in before.items():
+            module.write_text(text)
+    # draw comes out as it was, so all that DVC runs is what depends on the modules themselves.
+    assert ran(output) == set(STAGES)
+    assert {stage: sum(batches_made(project, stage)) for stage in NOTHING} == NOTHING
 
 
 def test_other_code_that_gives_the_same_answers_stops_the_wave(project):
