@@ -140,6 +140,7 @@ def test_a_clone_that_pulls_adopts_the_items(project, tmp_path):
     answers = len((project / "results/items/caption.jsonl").read_text().splitlines())
     assert re.findall(r"(\w+)\.jsonl: (\d+) items adopted\n", output) == [
         ("caption", str(answers)),
+        ("finetune", "2"),  # the LoRA and its losses
         ("generate", str(images)),
     ]
     clear_log(clone)
