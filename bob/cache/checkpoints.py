@@ -5,14 +5,13 @@ cache, which all experiments of a repository share: a queued experiment finds wh
 left in another folder.
 """
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from bob.cache.index import warn
 from bob.formats.files import replacing_file
 
 SECONDS_BETWEEN = 180.0
@@ -40,10 +39,9 @@ class Checkpoint:
         except FileNotFoundError:
             return None
         except Exception as error:  # what a damaged file raises has no common class
-            tqdm.write(
-                f"warning: {self._path.name}, a checkpoint, cannot be read and the run begins "
-                f"anew ({' '.join(str(error).split())[:100]})",
-                file=sys.stderr,
+            warn(
+                f"{self._path.name}, a checkpoint, cannot be read and the run begins anew "
+                f"({' '.join(str(error).split())[:100]})"
             )
             return None
 

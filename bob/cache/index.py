@@ -139,12 +139,19 @@ class Index:
             lambda db: db.execute("INSERT OR IGNORE INTO makers VALUES (?, ?)", (maker.id, parts))
         )
 
-    def makers(self) -> dict[str, Maker]:
-        """Id -> maker, of all that have made something here."""
-        query = "SELECT id, parts FROM makers"
-        return self._transact(
-            lambda db: {id_: Maker(**json.loads(parts)) for id_, parts in db.execute(query)}
+    def makers(self) -> dict[str, list[Maker]]:
+        """Stage -> the makers of its items, those whose parts are known here."""
+        query = (
+            "SELECT DISTINCT stage, parts FROM items JOIN makers ON maker = id ORDER BY stage, id"
         )
+
+        def read(db: sqlite3.Connection) -> dict[str, list[Maker]]:
+            makers: dict[str, list[Maker]] = {}
+            for stage, parts in db.execute(query):
+                makers.setdefault(stage, []).append(Maker(**json.loads(parts)))
+            return makers
+
+        return self._transact(read)
 
     def record_trial(self, family: str, trial: Trial, recipes: Sequence[str]) -> None:
         """Remember how a trial on the items of these `recipes` came out."""
@@ -157,12 +164,6 @@ class Index:
         """All trials in a family."""
         query = "SELECT one, other, equal, compared FROM trials WHERE family = ?"
         return self._transact(lambda db: [Trial(*row) for row in db.execute(query, (family,))])
-
-    def forget_trials(self, maker: str) -> None:
-        """Forget the trials of a maker, one of whose items came out otherwise after all."""
-        self._transact(
-            lambda db: db.execute("DELETE FROM trials WHERE one = ? OR other = ?", (maker, maker))
-        )
 
     def drop_started(self) -> None:
         """Forget what was announced: who is alive announces again, batch by batch."""

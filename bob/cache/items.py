@@ -225,16 +225,12 @@ class ItemCache:
         same, different = self._judged(wanted)
         # Those known to make the same first, then those that have made the most.
         for maker in sorted(made_by, key=lambda one: (one not in same, -len(made_by[one]), one)):
-            rows = {
-                recipe: row
-                for recipe, row in self._whole(made_by[maker].values()).items()
-                if recipe not in taken
-            }
-            if not rows or maker in different:
+            if maker in different or (maker not in same and not wanted.on_trial):
+                continue  # before anything is hashed
+            rows = self._whole(row for recipe, row in made_by[maker].items() if recipe not in taken)
+            if not rows:
                 continue
             if maker not in same:
-                if not wanted.on_trial:
-                    continue
                 tried = self._try(wanted, position, rows, make, batch_size, encode)
                 taken |= tried
                 same, different = self._judged(wanted)

@@ -383,17 +383,13 @@ def listed(changes: Sequence[tuple[str, str]]) -> str:
 def _item_notes() -> Callable[[str], Iterator[str]]:
     """What there is to say of a stage's items."""
     with ItemCache() as cache:
-        runs, known = cache.index.last_runs(), cache.index.makers()
-        makers: dict[str, dict[str, Maker]] = {}
-        for row in cache.index.all():
-            if row.maker in known:
-                makers.setdefault(row.stage, {})[row.maker] = known[row.maker]
+        runs, makers = cache.index.last_runs(), cache.index.makers()
 
     def notes(stage: str) -> Iterator[str]:
         if stage in runs:
             reused, made = runs[stage]
             yield f"(last run: {reused:,} items reused, {made:,} made)"
-        differences = [maker_changes(maker) for maker in makers.get(stage, {}).values()]
+        differences = [maker_changes(maker) for maker in makers.get(stage, [])]
         nearest = min(differences, key=len, default=[])
         if nearest:
             yield f"(its items were made by other code: {', '.join(nearest)})"

@@ -77,7 +77,8 @@ def run(params: Params) -> None:
             return [made[number] for number in numbers]
 
         lora, curve = cache.take(wanted, make, len(wanted.recipes))
-        losses = json.loads(cache.read(curve.oid))
+        written = cache.read(curve.oid).decode()
+        losses = json.loads(written)
         with replacing(FINETUNE) as folder:
             write_curves(folder / "curves", losses)
             cache.place([lora.oid], [folder / LORA.name / diffusion.LORA_FILE])
@@ -87,7 +88,7 @@ def run(params: Params) -> None:
         FINETUNE_ITEMS,
         [
             Item(lora.recipe, lora.maker, lora.oid, file=str(LORA / diffusion.LORA_FILE)),
-            Item(curve.recipe, curve.maker, curve.oid, text=json.dumps(losses)),
+            Item(curve.recipe, curve.maker, curve.oid, text=written),
         ],
     )
     print(

@@ -416,10 +416,8 @@ def _missing_classifiers(
         synthetic=synthetic,
         validation=classifying.labelled(photos.val, task),
     )
-    asked = [one for one in planned if certain or one[0] == REAL_ONLY]
-    made = set()
-    for variant in {variant for variant, _ in asked}:
-        seeds = project.params.classify.seeds
+    made, seeds = set(), project.params.classify.seeds
+    for variant in VARIANTS if certain else (REAL_ONLY,):
         wanted = classifying.classifiers_wanted(project.cache, folder, trainer, variant, seeds)
         cached = project.cache.known(wanted)
         made |= {
