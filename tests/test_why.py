@@ -145,6 +145,7 @@ def test_upstream(project):
         "split: up to date",
         "generate: results/split, made anew by split since",
     ]
+    assert why("audit") == ["audit: may run: results/generate is made again by generate"]
 
 
 def test_the_files_of_a_folder(project):

@@ -75,6 +75,8 @@ class Forecast:
             return (RESTORED, hashes) if stage.outs_cached() else (RUNS, {})
         for dep, hash_info in zip(stage.deps, coming, strict=True):
             dep.hash_info = hash_info  # what the key of a run in DVC's run cache is made of
+            if dep.meta is not None:
+                dep.meta.md5 = None  # as dvc.lock had it, which would go before
         runs = self._repo.stage_cache
         try:
             # Underscored, but there is no other way to ask the run cache what it would restore.
