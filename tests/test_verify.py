@@ -232,6 +232,12 @@ def test_a_module_is_to_be_declared(project, statement):
     ]
 
 
+def test_bytecode_that_python_keeps_beside_the_modules_is_not_asked_for(project):
+    run(project, sys.executable, "-m", "compileall", "-q", "bob")
+    assert list((project / "bob/stages/__pycache__").glob("split.*.pyc"))
+    assert verified("split")[0] == 0
+
+
 def test_a_parameter_is_to_be_declared(project):
     plant(project, "params.generate.steps")
     (finding,) = findings()

@@ -233,6 +233,8 @@ class Sandbox:
             "HOME": str(self._home),
             "TMPDIR": str(self._home),
             "PYTHONDONTWRITEBYTECODE": "1",  # so that every import opens the module's source
+            # Elsewhere than in the project, which has bytecode of its modules that nobody declares.
+            "PYTHONPYCACHEPREFIX": str(self._home),
             "PYTHONHASHSEED": "random",
         }
         done = subprocess.run(
