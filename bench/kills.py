@@ -125,7 +125,7 @@ def kill_and_rerun(
         faults.append("the rerun's output is another")
     batches = batches_made(project, stage)
     # A batch being made, and the one before it being kept.
-    excess, in_flight = sum(batches) - need, 2 * max(batches)
+    excess, in_flight = sum(batches) - need, 2 * max(batches, default=0)
     if excess > in_flight:
         faults.append(f"{excess} items too many were made")
     return Kill(stage, target, after, excess, in_flight, tuple(faults))
