@@ -40,7 +40,7 @@ def planned(count: int) -> list[Generated]:
 
 def wanted_of(images: list[Generated]) -> Wanted:
     recipes = [item_key(**SETTINGS, prompt=image.prompt, seed=image.seed) for image in images]
-    return Wanted(recipes, item_key(**SETTINGS), Maker({}, {}))
+    return Wanted(recipes, SETTINGS, Maker({}, {}))
 
 
 def fill(count: int, size: int) -> None:

@@ -17,7 +17,7 @@ from dvc.repo import Repo
 
 from bob.cache import recipe
 from bob.cache.index import Index, Row
-from bob.cache.items import TRIALS, ItemCache, Wanted
+from bob.cache.items import MAKE, TRIALS, ItemCache, Wanted
 from bob.cache.lists import Item, read_items, write_items
 from bob.cache.recipe import Maker as Code
 from bob.cache.recipe import code_hashes, item_key
@@ -49,7 +49,7 @@ class Maker:
 
 
 def wanted(recipes=KEYS, code=CODE_NOW, **more):
-    return Wanted(recipes, "family", code, **more)
+    return Wanted(recipes, {"item": "test"}, code, **more)
 
 
 def oids_of(rows):
@@ -179,9 +179,7 @@ def test_of_a_change_that_changes_nothing_one_batch_is_made(repository):
     before()
     account, made, items = now()
     assert len(made) == 4 and {0, 9} < set(made)
-    assert account == (
-        "6 reused (6 of them made by earlier code, same bytes in a trial of 4), 4 made"
-    )
+    assert account == ("6 reused (made by earlier code, same bytes in a trial of 4), 4 made")
     assert items == [f"item {n}".encode() for n in range(10)]
     # Each item keeps its true maker.
     makers = {row.recipe: row.maker for row in Index(INDEX).all() if row.maker == CODE_NOW.id}
@@ -196,7 +194,7 @@ def test_what_a_trial_has_shown_holds_for_all_runs_after_it(repository):
     account, made, _ = now(recipes=more)
     assert made == []
     assert account == (
-        "14 reused (10 of them made by earlier code, same bytes in an earlier trial), 0 made"
+        "14 reused (10 made by earlier code, same bytes in an earlier trial), 0 made"
     )
 
 
@@ -211,6 +209,7 @@ def test_of_a_change_that_changes_one_item_on_trial_all_are_made_anew(repository
     told = capsys.readouterr().err
     assert "1 of 4 items on trial came out otherwise (item 9 and item 9!)" in told
     assert "none of the 10" in told
+    assert "the code has changed (bob/models/sampling.py)" in told
 
 
 def test_a_trial_covers_what_the_stage_says_can_differ(repository):
@@ -267,6 +266,51 @@ def test_an_index_of_an_older_layout_is_begun_anew(repository):
     assert len(Index(INDEX).all()) == 10
 
 
+def test_an_index_of_version_2_is_taken_over(repository):
+    take()
+    with closing(sqlite3.connect(INDEX)) as db:
+        for statement in (
+            "ALTER TABLE items DROP COLUMN inode",
+            "ALTER TABLE items DROP COLUMN changed",
+            "ALTER TABLE runs DROP COLUMN because",
+            "DROP TABLE families",
+            "PRAGMA user_version = 2",
+        ):
+            db.execute(statement)
+        db.commit()
+    assert take()[1] == []
+    assert Index(INDEX).last_runs()["test"].reused == 10
+
+
+def test_why_items_were_made_is_kept(repository):
+    def made_because(family, code=CODE_NOW, number=0):
+        recipes = [item_key(**family, number=number)]
+        with ItemCache("test") as cache:
+            cache.take(Wanted(recipes, family, code, on_trial=False), Maker(), 4)
+        return Index(INDEX).last_runs()["test"].because
+
+    family = {"item": "image", "steps": 20, "lora": "a" * 64, "size": 64}
+    assert made_because(family) == ""
+    assert made_because(family) == ""  # all reused
+    assert made_because(family, number=1) == "not asked for before with these settings"
+    assert made_because(family | {"steps": 25, "lora": "b" * 64}) == "steps 20 -> 25, lora"
+    assert made_because(family | {"steps": 25, "lora": "b" * 64, "eta": 1}) == "eta none -> 1"
+    assert made_because(family, CODE_BEFORE) == "other code: bob/models/sampling.py"
+
+
+def test_nothing_is_made_where_that_is_forbidden(repository, monkeypatch):
+    take(KEYS[:4])
+    monkeypatch.setenv(MAKE, "nothing")
+    assert take(KEYS[:4])[1] == []
+    with pytest.raises(BobError, match="6 of 10 items of test are not in the item cache"):
+        take()
+    monkeypatch.delenv(MAKE)
+    before(KEYS[4:])
+    monkeypatch.setenv(MAKE, "nothing")  # nor for a trial
+    with pytest.raises(BobError, match="6 of 10 items of test are not in the item cache"):
+        take()
+
+
 # --- what is not trusted ---------------------------------------------------------------------
 
 
@@ -285,6 +329,27 @@ def test_a_damaged_object_is_named_and_made_again(repository, capsys, content):
     assert KEYS[3][:12] in warning
     assert take()[1] == []
     assert not capsys.readouterr().err
+
+
+def test_an_object_is_hashed_once_and_again_when_it_was_changed(repository, monkeypatch, capsys):
+    take()
+    hashed = []
+
+    def counting(cache, oid):
+        hashed.append(oid)
+        return is_whole(cache, oid)
+
+    is_whole = ItemCache._is_whole
+    monkeypatch.setattr(ItemCache, "_is_whole", counting)
+    take()
+    assert len(hashed) == 10
+    take()
+    assert len(hashed) == 10
+    path = object_path(KEYS[3])
+    path.chmod(0o644)
+    path.write_bytes(b"item 9")  # as long as it was
+    assert take()[1] == [3]
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_an_object_that_is_gone_is_made_again(repository, capsys):
@@ -331,7 +396,7 @@ def test_a_healthy_index_is_not_moved_by_one_who_met_the_damaged_one(repository)
 def test_outside_a_dvc_repository_one_line_says_so(workspace):
     code, output = invoke("cache")
     assert code == 1
-    assert output.startswith("Error: the item cache needs a DVC repository")
+    assert output.startswith("Error: a DVC repository around")
     assert output.count("\n") == 1
 
 
@@ -357,7 +422,7 @@ def make(positions):
 numbers = range(*map(int, sys.argv[1:]))
 with ItemCache("test") as cache:
     keys = [item_key(number=number) for number in numbers]
-    wanted = Wanted(keys, "family", Maker({}, {}))
+    wanted = Wanted(keys, {"item": "test"}, Maker({}, {}))
     rows = cache.take(wanted, make, 8)
     assert [cache.read(row.oid) for row in rows] == [str(number).encode() for number in numbers]
 """

@@ -14,13 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import CLIPTextConfig
 
 from bob.cli import cli
-from bob.commands.plan import duration, gpus, metric, networks, opened, to_do
-from bob.commands.plan.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE
+from bob.commands.plan import duration, forecast_of, metric, networks, project_of, to_do
 from bob.commands.plan.shapes import measure
 from bob.commands.plan.work import STAGES
+from bob.dvc.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE
+from bob.dvc.pipeline import Pipeline
 from bob.errors import BobError
 from bob.formats import params
+from bob.formats.params import Params
 from bob.formats.photos import Task
+from bob.models import gpus
 from bob.models.backbones import open_backbone
 from tests.builders import build_clip, build_text_to_image
 from tests.conftest import ROOT
@@ -50,8 +53,11 @@ def project(reproduced, monkeypatch):
 
 def planned():
     """States and work, by stage."""
-    with opened(GPU) as project:
-        return project.forecast.states, to_do(project)
+    of = Params(params.load(), "plan")
+    with Pipeline() as pipeline:
+        forecast = forecast_of(pipeline, of)
+        with project_of(of, forecast, GPU) as project:
+            return forecast.states, to_do(project)
 
 
 def command(*arguments):

@@ -7,11 +7,11 @@ import pytest
 from click.testing import CliRunner
 from dvc.repo import Repo
 
-from bob.cache.index import Row
+from bob.cache.index import LastRun, Row
 from bob.cache.items import ItemCache
 from bob.cache.recipe import Maker, versions
 from bob.cli import cli
-from bob.commands.why import listed, maker_changes, module_changes
+from bob.commands.why import listed, module_changes, present_maker
 from tests.dvc_project import environment
 
 PIPELINE = """\
@@ -275,14 +275,14 @@ def test_items(project):
     present = versions(["pillow"])
     maker = Maker({"errors": "another", "no.longer": "x"}, {"pillow": "1.0", "numpy-gone": "2"})
     with ItemCache() as cache:
-        cache.index.record_run("generate", 768, 32)
+        cache.index.record_run(LastRun("generate", 768, 32, "steps 20 -> 25"))
         cache.index.record_maker(maker)
         cache.index.add([Row("recipe", maker.id, "0" * 32, 1, "generate")])
     changed = f"pillow 1.0 -> {present['pillow']}, numpy-gone 2 -> none, bob/errors.py"
     assert why("generate") == [
         "generate: up to date",
-        "generate: (last run: 768 items reused, 32 made)",
+        "generate: (last run: 768 items reused, 32 made, because: steps 20 -> 25)",
         f"generate: (its items were made by other code: {changed}, bob/no/longer.py)",
     ]
     assert why("audit") == ["audit: up to date"]
-    assert maker_changes(Maker({}, present)) == []
+    assert Maker({}, present).changes(present_maker(Maker({}, present))) == []

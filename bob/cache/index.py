@@ -4,11 +4,12 @@ import json
 import os
 import sqlite3
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -17,24 +18,31 @@ from bob.errors import BobError
 
 T = TypeVar("T")
 
-VERSION = 2  # of what a recipe and a maker are hashes of, and of the tables
-_SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS items (recipe TEXT NOT NULL, maker TEXT NOT NULL, oid TEXT NOT"
-    " NULL, size INTEGER NOT NULL, stage TEXT NOT NULL, PRIMARY KEY (recipe, maker)) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS started (recipe TEXT NOT NULL, maker TEXT NOT NULL,"
-    " PRIMARY KEY (recipe, maker)) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS runs (stage TEXT PRIMARY KEY, reused INTEGER NOT NULL,"
-    " made INTEGER NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS makers (id TEXT PRIMARY KEY, parts TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS trials (family TEXT NOT NULL, one TEXT NOT NULL, other TEXT NOT"
-    " NULL, equal INTEGER NOT NULL, compared INTEGER NOT NULL, recipes TEXT NOT NULL,"
-    " PRIMARY KEY (family, one, other)) WITHOUT ROWID",
-    f"PRAGMA user_version = {VERSION}",
+VERSION = 3  # of what a recipe and a maker are hashes of, and of the tables
+_TABLES = {
+    "items": "recipe TEXT NOT NULL, maker TEXT NOT NULL, oid TEXT NOT NULL, size INTEGER NOT NULL,"
+    " stage TEXT NOT NULL, inode INTEGER, changed INTEGER, PRIMARY KEY (recipe, maker)",
+    "started": "recipe TEXT NOT NULL, maker TEXT NOT NULL, PRIMARY KEY (recipe, maker)",
+    "runs": "stage TEXT PRIMARY KEY, reused INTEGER NOT NULL, made INTEGER NOT NULL,"
+    " because TEXT NOT NULL DEFAULT ''",
+    "makers": "id TEXT PRIMARY KEY, parts TEXT NOT NULL",
+    "families": "id TEXT PRIMARY KEY, stage TEXT NOT NULL, parts TEXT NOT NULL,"
+    " number INTEGER NOT NULL",
+    "trials": "family TEXT NOT NULL, one TEXT NOT NULL, other TEXT NOT NULL, equal INTEGER NOT"
+    " NULL, compared INTEGER NOT NULL, recipes TEXT NOT NULL, PRIMARY KEY (family, one, other)",
+}
+# What version 2 lacks; a recipe and a maker are the same in both.
+_FROM_2 = (
+    "ALTER TABLE items ADD COLUMN inode INTEGER",
+    "ALTER TABLE items ADD COLUMN changed INTEGER",
+    "ALTER TABLE runs ADD COLUMN because TEXT NOT NULL DEFAULT ''",
 )
 _AMONG = "IN (SELECT value FROM json_each(?))"  # one parameter, however many recipes
+_AT_ONCE = 10_000  # recipes in one query
+_COLUMNS = "recipe, maker, oid, size, stage, inode, changed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One item in the index."""
 
@@ -46,6 +54,9 @@ class Row:
     size: int
     """Bytes."""
     stage: str
+    inode: int | None = None
+    changed: int | None = None
+    """The object's inode and time of change in ns, when it was last hashed and found whole."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,17 @@ class Trial:
         return self.equal == self.compared
 
 
+@dataclass(frozen=True)
+class LastRun:
+    """What the last run of a stage did with its items."""
+
+    stage: str
+    reused: int
+    made: int
+    because: str
+    """Why items were made, in words; empty where none was, or nothing is known to compare with."""
+
+
 class Index:
     """(Recipe, maker) -> object, in an SQLite file that several processes use at once.
 
@@ -77,17 +99,27 @@ class Index:
 
     def find(self, recipes: Iterable[str], maker: str | None = None) -> list[Row]:
         """The rows of those recipes that are there, of one maker or of all."""
-        asked = json.dumps(list(recipes))
-        query = f"SELECT recipe, maker, oid, size, stage FROM items WHERE recipe {_AMONG}"
-        values: tuple[str, ...] = (asked,)
-        if maker is not None:
-            query, values = f"{query} AND maker = ?", (asked, maker)
-        return self._transact(lambda db: [Row(*row) for row in db.execute(query, values)])
+        query = f"SELECT {_COLUMNS} FROM items WHERE recipe {_AMONG}"
+        query, values = (query, ()) if maker is None else (f"{query} AND maker = ?", (maker,))
+        asked = list(recipes)
+        return self._transact(
+            lambda db: [
+                row
+                for chunk in _batched(asked, _AT_ONCE)
+                for row in _rows(db.execute(query, (json.dumps(chunk), *values)))
+            ]
+        )
 
     def all(self) -> list[Row]:
         """All rows, by stage, recipe and maker."""
-        query = "SELECT recipe, maker, oid, size, stage FROM items ORDER BY stage, recipe, maker"
-        return self._transact(lambda db: [Row(*row) for row in db.execute(query)])
+        query = f"SELECT {_COLUMNS} FROM items ORDER BY stage, recipe, maker"
+        return self._transact(lambda db: list(_rows(db.execute(query))))
+
+    def found_whole(self, rows: Iterable[Row]) -> None:
+        """Keep the rows' inodes and times of change."""
+        values = [(row.inode, row.changed, row.recipe, row.maker, row.oid) for row in rows]
+        query = "UPDATE items SET inode = ?, changed = ? WHERE recipe = ? AND maker = ? AND oid = ?"
+        self._transact(lambda db: db.executemany(query, values))
 
     def start(self, recipes: Sequence[str], maker: str) -> set[str]:
         """Announce that `maker` is about to make these.
@@ -113,8 +145,11 @@ class Index:
 
         def insert(db: sqlite3.Connection) -> None:
             db.executemany(
-                "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?)",
-                [(row.recipe, row.maker, row.oid, row.size, row.stage) for row in rows],
+                f"INSERT OR REPLACE INTO items ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (row.recipe, row.maker, row.oid, row.size, row.stage, row.inode, row.changed)
+                    for row in rows
+                ],
             )
             db.executemany(
                 "DELETE FROM started WHERE recipe = ? AND maker = ?",
@@ -139,6 +174,12 @@ class Index:
             lambda db: db.execute("INSERT OR IGNORE INTO makers VALUES (?, ?)", (maker.id, parts))
         )
 
+    def maker(self, id: str) -> Maker | None:
+        """The maker of that id, if its parts are known here."""
+        query = "SELECT parts FROM makers WHERE id = ?"
+        found = self._transact(lambda db: db.execute(query, (id,)).fetchone())
+        return None if found is None else Maker(**json.loads(found[0]))
+
     def makers(self) -> dict[str, list[Maker]]:
         """Stage -> the makers of its items, those whose parts are known here."""
         query = (
@@ -153,6 +194,22 @@ class Index:
 
         return self._transact(read)
 
+    def record_family(self, stage: str, id: str, parts: Mapping[str, Any]) -> None:
+        """Remember what a family consists of, as the one that the stage asked for last."""
+        query = (
+            "INSERT OR REPLACE INTO families VALUES"
+            " (?, ?, ?, (SELECT coalesce(max(number), 0) + 1 FROM families))"
+        )
+        values = (id, stage, json.dumps(parts))
+        self._transact(lambda db: db.execute(query, values))
+
+    def families(self, stage: str) -> dict[str, dict[str, Any]]:
+        """Id -> parts of the families that a stage has asked for, the latest first."""
+        query = "SELECT id, parts FROM families WHERE stage = ? ORDER BY number DESC"
+        return self._transact(
+            lambda db: {id: json.loads(parts) for id, parts in db.execute(query, (stage,))}
+        )
+
     def record_trial(self, family: str, trial: Trial, recipes: Sequence[str]) -> None:
         """Remember how a trial on the items of these `recipes` came out."""
         values = (family, trial.one, trial.other, trial.equal, trial.compared, json.dumps(recipes))
@@ -165,24 +222,25 @@ class Index:
         query = "SELECT one, other, equal, compared FROM trials WHERE family = ?"
         return self._transact(lambda db: [Trial(*row) for row in db.execute(query, (family,))])
 
+    def drop_trials(self, family: str, maker: str) -> None:
+        """Forget the trials in a family that a maker took part in."""
+        query = "DELETE FROM trials WHERE family = ? AND ? IN (one, other)"
+        self._transact(lambda db: db.execute(query, (family, maker)))
+
     def drop_started(self) -> None:
         """Forget what was announced: who is alive announces again, batch by batch."""
         self._transact(lambda db: db.execute("DELETE FROM started"))
 
-    def record_run(self, stage: str, reused: int, made: int) -> None:
+    def record_run(self, run: LastRun) -> None:
         """Remember what the last run of a stage reused and made."""
         self._transact(
-            lambda db: db.execute(
-                "INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", (stage, reused, made)
-            )
+            lambda db: db.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", astuple(run))
         )
 
-    def last_runs(self) -> dict[str, tuple[int, int]]:
-        """Stage -> how many items its last run reused and made."""
-        query = "SELECT stage, reused, made FROM runs"
-        return self._transact(
-            lambda db: {stage: (reused, made) for stage, reused, made in db.execute(query)}
-        )
+    def last_runs(self) -> dict[str, LastRun]:
+        """Stage -> its last run."""
+        query = "SELECT stage, reused, made, because FROM runs"
+        return self._transact(lambda db: {row[0]: LastRun(*row) for row in db.execute(query)})
 
     def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do `work` in one transaction; raises BobError where the file cannot be used."""
@@ -213,16 +271,22 @@ class Index:
             return result
 
     def _lay_out(self, db: sqlite3.Connection) -> None:
-        """Make the tables; those of another version go, since its keys mean something else.
+        """Make the tables. Version 2 is taken over.
 
-        Version 1 had one hash of recipe and maker together, which cannot be taken apart.
+        Version 1 goes: it had one hash of recipe and maker together, which cannot be taken apart.
         """
         db.execute("BEGIN IMMEDIATE")
-        if db.execute("PRAGMA user_version").fetchone() != (VERSION,):  # by another meanwhile
-            for table in ("items", "started", "runs", "makers", "trials"):
-                db.execute(f"DROP TABLE IF EXISTS {table}")
-            for statement in _SCHEMA:
-                db.execute(statement)
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version != VERSION:  # else another has done it meanwhile
+            if version == 2:
+                for statement in _FROM_2:
+                    db.execute(statement)
+            else:
+                for table in _TABLES:
+                    db.execute(f"DROP TABLE IF EXISTS {table}")
+            for table, columns in _TABLES.items():
+                db.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns}) WITHOUT ROWID")
+            db.execute(f"PRAGMA user_version = {VERSION}")
         db.execute("COMMIT")
 
     def _move_aside(self) -> None:
@@ -241,6 +305,19 @@ class Index:
             f"{os.path.relpath(self.path)} was damaged and is now {damaged.name}; items are made "
             "again, but for those of this workspace after `bob cache adopt`"
         )
+
+
+def _batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to `size`; itertools.batched came with Python 3.12."""
+    rest = iter(values)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _rows(found: Iterable[tuple[Any, ...]]) -> Iterator[Row]:
+    """Rows that share the strings which many of them have."""
+    for recipe, maker, oid, size, stage, inode, changed in found:
+        yield Row(recipe, sys.intern(maker), oid, size, sys.intern(stage), inode, changed)
 
 
 def _damaged(error: sqlite3.DatabaseError) -> bool:

@@ -20,24 +20,29 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from bob.cache.index import Index, Row, Trial, warn
+from bob.cache.index import Index, LastRun, Row, Trial, warn
 from bob.cache.lists import Item, read_items
-from bob.cache.recipe import Maker, item_key
+from bob.cache.recipe import Maker, item_key, parts_changed
+from bob.dvc.store import ObjectStore
 from bob.errors import BobError
 
 PATIENCE = 2.0
+_FOLDER = "bob"  # in DVC's cache
 _TABLE = "{:<10}{:>10}{:>16}{:>8}{:>18}{:>8}"
 
 
 TRIALS = "BOB_TRIALS"
 """Environment variable; `strict` takes nothing that other code has made."""
+MAKE = "BOB_MAKE"
+"""Environment variable; `nothing` raises an error at the first item that is not cached."""
 
 
 def _nothing(_: Sequence[int]) -> Iterable[int]:
@@ -49,7 +54,8 @@ class Wanted:
     """Items of one family, and what would make them now."""
 
     recipes: Sequence[str]
-    family: str
+    family: Mapping[str, object]
+    """What all of them have in common, as it went into the recipes."""
     maker: Maker
     covering: Callable[[Sequence[int]], Iterable[int]] = _nothing
     """Of these positions in `recipes`, those that a trial should not leave out."""
@@ -57,6 +63,11 @@ class Wanted:
     """How far two items are apart, in words."""
     on_trial: bool = True
     """Whether a trial may be made; not where it costs as much as what it could save."""
+
+    @cached_property
+    def family_id(self) -> str:
+        """Hash of the family."""
+        return item_key(**self.family)
 
 
 class ItemCache:
@@ -66,23 +77,13 @@ class ItemCache:
     """
 
     def __init__(self, stage: str = "") -> None:
-        # Late: a stage's module must not wait for DVC when only its functions are wanted.
-        from dvc.exceptions import DvcException
-        from dvc.repo import Repo
-
-        try:
-            self._repo = Repo()
-        except DvcException as error:
-            raise BobError(
-                f"the item cache needs a DVC repository around {Path.cwd()}: "
-                f"{' '.join(str(error).split())}"
-            ) from None
-        self._store = self._repo.cache.local
-        shared = self._repo.config["cache"].get("shared") == "group"
-        self.index = Index(self.folder() / "items.sqlite", shared=shared)
+        self._store = ObjectStore()
+        index = self._store.folder(_FOLDER) / "items.sqlite"
+        self.index = Index(index, shared=self._store.shared)
         self._stage = stage
         self.reused, self.made = 0, 0
         self._by_others, self._tried = 0, 0
+        self._because: dict[str, None] = {}  # a set in the order of its making
 
     def __enter__(self) -> Self:
         return self
@@ -94,23 +95,23 @@ class ItemCache:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None and self._stage:
-            self.index.record_run(self._stage, self.reused, self.made)
-        self._repo.close()
+            because = "; ".join(self._because) if self.made else ""
+            self.index.record_run(LastRun(self._stage, self.reused, self.made, because))
+        self._store.close()
 
-    def folder(self, name: str = "") -> Path:
+    def folder(self, name: str) -> Path:
         """A folder in DVC's cache for what is no object; it is made where it is missing."""
-        path = Path(self._repo.cache.local_cache_dir, "bob", name)
-        self._store.makedirs(str(path))  # the store's own, so that a shared cache stays shared
-        return path
+        return self._store.folder(f"{_FOLDER}/{name}")
 
     @property
     def account(self) -> str:
         """What was reused and made, in words, and what that rests on."""
         basis = ""
         if self._by_others:
-            basis = f"{self._by_others} of them made by earlier code, same bytes"
-            basis += f" in a trial of {self._tried}" if self._tried else " in an earlier trial"
-        return f"{self.reused} reused{f' ({basis})' if basis else ''}, {self.made} made"
+            some = "" if self._by_others == self.reused else f"{self._by_others} "
+            trial = f"a trial of {self._tried}" if self._tried else "an earlier trial"
+            basis = f" ({some}made by earlier code, same bytes in {trial})"
+        return f"{self.reused} reused{basis}, {self.made} made"
 
     def take(
         self,
@@ -140,9 +141,10 @@ class ItemCache:
         rows = self._present(position, maker)
         self.reused += len(rows)
         if len(rows) < len(position):
-            self.index.record_maker(wanted.maker)
             rows |= self._by_other_makers(wanted, position, rows, make, batch_size, encode)
         waiting = deque(recipe for recipe in dict.fromkeys(recipes) if recipe not in rows)
+        if waiting:
+            self._check_may_make(len(waiting), len(position))
         left_to_others: list[str] = []
         slowest, give_up = 0.0, None
         kept: Future[dict[str, Row]] | None = None
@@ -187,6 +189,13 @@ class ItemCache:
                 rows |= kept.result()
         return [rows[recipe] for recipe in recipes]
 
+    def _check_may_make(self, missing: int, total: int) -> None:
+        if os.environ.get(MAKE) == "nothing":
+            raise BobError(
+                f"{MAKE} is `nothing`, and {missing:,} of {total:,} items of {self._stage} are not "
+                "in the item cache"
+            )
+
     def _keep(
         self, batch: Sequence[str], maker: str, encoded: Sequence[Future[bytes]]
     ) -> dict[str, Row]:
@@ -215,12 +224,14 @@ class ItemCache:
         encode: Callable[[Any], bytes],
     ) -> dict[str, Row]:
         """What may be reused of other makers' items, and what trials have made to know that."""
-        if os.environ.get(TRIALS) == "strict":
-            return {}
         missing = {recipe for recipe in position if recipe not in present}
         made_by: dict[str, dict[str, Row]] = {}
         for row in self.index.find(missing):
             made_by.setdefault(row.maker, {})[row.recipe] = row
+        self._explain(wanted, made_by)
+        self.index.record_maker(wanted.maker)
+        if os.environ.get(TRIALS) == "strict":
+            return {}
         taken: dict[str, Row] = {}
         same, different = self._judged(wanted)
         # Those known to make the same first, then those that have made the most.
@@ -231,6 +242,7 @@ class ItemCache:
             if not rows:
                 continue
             if maker not in same:
+                self._check_may_make(len(missing) - len(taken), len(position))
                 tried = self._try(wanted, position, rows, make, batch_size, encode)
                 taken |= tried
                 same, different = self._judged(wanted)
@@ -247,7 +259,7 @@ class ItemCache:
 
         To make the same bytes is transitive: what is the same as a maker that is the same, is.
         """
-        trials = self.index.trials(wanted.family)
+        trials = self.index.trials(wanted.family_id)
         same = {wanted.maker.id}
         while more := {
             maker
@@ -285,89 +297,113 @@ class ItemCache:
         unequal = [recipe for recipe in batch if made[recipe].oid != rows[recipe].oid]
         other = rows[batch[0]].maker
         trial = Trial(wanted.maker.id, other, len(batch) - len(unequal), len(batch))
-        self.index.record_trial(wanted.family, trial, batch)
+        self.index.record_trial(wanted.family_id, trial, batch)
         self._tried += len(batch)
         if unequal:
             how = ""
             if wanted.differing:
                 new = items[batch.index(unequal[0])]
                 how = f" ({wanted.differing(self.read(rows[unequal[0]].oid), new)})"
+            changes = ", ".join(self._code_changes(other, wanted.maker))
             tqdm.write(
-                f"{self._stage}: the code has changed, and {len(unequal)} of {len(batch)} items "
-                f"on trial came out otherwise{how}; none of the {len(rows)} that the earlier code "
-                "has made is reused",
+                f"{self._stage}: the code has changed ({changes}); {len(unequal)} of {len(batch)} "
+                f"items on trial came out otherwise{how}, so none of the {len(rows)} that the "
+                "earlier code has made is reused",
                 file=sys.stderr,
             )
         return made
+
+    def _explain(self, wanted: Wanted, made_by: Mapping[str, Mapping[str, Row]]) -> None:
+        """Keep, in words, why items are not there: other code, or another family."""
+        others = [maker for maker in made_by if maker != wanted.maker.id]
+        families = self.index.families(self._stage)
+        if others:
+            changed = [self._code_changes(one, wanted.maker) for one in others]
+            self._because[f"other code: {_shortest(changed)}"] = None
+        elif wanted.family_id in families:
+            self._because["not asked for before with these settings"] = None
+        else:
+            alike = [
+                parts_changed(parts, wanted.family)
+                for parts in families.values()
+                if parts.get("item") == wanted.family.get("item")
+            ]
+            if alike:
+                self._because[_shortest(alike)] = None
+        self.index.record_family(self._stage, wanted.family_id, wanted.family)
+
+    def _code_changes(self, maker: str, present: Maker) -> list[str]:
+        known = self.index.maker(maker)
+        return known.changes(present) if known else ["in what, is not known here"]
 
     def _present(self, recipes: Iterable[str], maker: str) -> dict[str, Row]:
         """Recipe -> row of what this maker has made; see `_whole`."""
         return self._whole(self.index.find(recipes, maker))
 
     def _whole(self, rows: Iterable[Row]) -> dict[str, Row]:
-        """Recipe -> row of those whose objects are there and whole; the others are forgotten."""
-        present, lost = {}, []
+        """Recipe -> row of those whose objects are there and whole; the others are forgotten.
+
+        An object is hashed when it is first taken, and again when it was changed since: as DVC does
+        it, by inode, size and time of change.
+        """
+        present, hashed, lost = {}, [], []
         for row in rows:
-            state = self._state(row.oid)
-            if state == "whole":
-                present[row.recipe] = row
+            try:
+                whole = self._hashed(row)
+            except (FileNotFoundError, NotADirectoryError):
+                lost.append(row)
                 continue
-            lost.append(row)
-            if state == "damaged":
+            if whole is None:
+                lost.append(row)
                 warn(
                     f"object {row.oid} of the DVC cache, {row.stage} item {row.recipe[:12]}, is "
                     "damaged; the item is made again"
                 )
                 # As DVC does with an object that it finds damaged: no one must be given it.
-                Path(self._store.oid_to_path(row.oid)).unlink(missing_ok=True)
-        if lost:
-            self.index.drop(lost)
+                self._store.path(row.oid).unlink(missing_ok=True)
+                continue
+            present[row.recipe] = whole
+            if whole is not row:
+                hashed.append(whole)
+        self.index.found_whole(hashed)
+        self.index.drop(lost)
         return present
 
-    def _state(self, oid: str) -> str:
-        """whole, damaged or missing."""
-        from dvc_data.hashfile.hash import file_md5
+    def _hashed(self, row: Row) -> Row | None:
+        """The row, with its object's new inode and time where it had to be hashed; None: damaged.
 
+        Raises FileNotFoundError or NotADirectoryError where there is no object.
+        """
+        path = self._store.path(row.oid)
+        found = path.stat()
+        if (row.inode, row.changed, row.size) == (found.st_ino, found.st_mtime_ns, found.st_size):
+            return row
+        if not self._is_whole(row.oid):
+            return None
+        return replace(row, inode=found.st_ino, changed=found.st_mtime_ns)
+
+    def _is_whole(self, oid: str) -> bool:
         try:
-            actual = file_md5(self._store.oid_to_path(oid), self._store.fs)
-        except (FileNotFoundError, NotADirectoryError):
-            return "missing"
+            return _md5_of(self._store.path(oid)) == oid
         except OSError:
-            return "damaged"
-        return "whole" if actual == oid else "damaged"
+            return False
 
     def _put(self, item: bytes) -> str:
-        oid = hashlib.md5(item, usedforsecurity=False).hexdigest()
-        if self._state(oid) != "whole":
-            self._store.add_bytes(oid, item)
-            self._store.protect(self._store.oid_to_path(oid))
+        oid = _md5(item).hexdigest()
+        if not self._is_whole(oid):
+            self._store.add(oid, item)
         return oid
 
     def read(self, oid: str) -> bytes:
         """The bytes of an object that `take` has returned."""
-        return Path(self._store.oid_to_path(oid)).read_bytes()
+        return self._store.path(oid).read_bytes()
 
     def place(self, oids: Sequence[str], paths: Sequence[Path]) -> None:
         """Put objects into the workspace, linked as DVC's `cache.type` says or else copied.
 
         So DVC finds the object of every such file in its cache when it comes to commit them.
         """
-        from dvc_objects.fs.generic import transfer
-
-        for folder in {path.parent for path in paths}:
-            folder.mkdir(parents=True, exist_ok=True)
-        try:
-            transfer(
-                self._store.fs,
-                [self._store.oid_to_path(oid) for oid in oids],
-                self._store.fs,
-                [str(path.absolute()) for path in paths],
-                links=list(dict.fromkeys([*self._store.cache_types, "copy"])),
-            )
-        except FileNotFoundError as error:
-            raise BobError(
-                f"{error.filename} went from the DVC cache while the stage ran; run it again"
-            ) from None
+        self._store.place(oids, paths)
 
     def content_hash(self, path: Path) -> str:
         """Hash of a folder's files, but for Markdown: a model's card decides nothing.
@@ -375,19 +411,9 @@ class ItemCache:
         Files that did not change since DVC or this function read them are not read again. Raises
         BobError where there is no such folder.
         """
-        from dvc_data.hashfile.build import build
-
         if not path.is_dir():
             raise BobError(f"{path} is missing; `dvc pull` or `bob fetch` brings it")
-        _, _, tree = build(
-            self._store,
-            str(path.absolute()),
-            self._store.fs,
-            "md5",
-            dry_run=True,
-            ignore=self._repo.dvcignore,
-        )
-        return tree_hash(tree)
+        return tree_hash(self._store.hashes(path))
 
     def known(self, wanted: Wanted) -> dict[str, str]:
         """Recipe -> object id of what is cached, by its name: no object is read.
@@ -413,9 +439,10 @@ class ItemCache:
         lines = [_TABLE.format("stage", "items", "bytes", "gone", "last run reused", "made")]
         for stage, rows in by_stage.items():
             kept = [row for row in rows if (row.recipe, row.maker) not in gone]
-            reused, made = runs.get(stage, ("-", "-"))
+            run = runs.get(stage)
+            last = (run.reused, run.made) if run else ("-", "-")
             size = sum(row.size for row in kept)
-            lines.append(_TABLE.format(stage, len(kept), size, len(rows) - len(kept), reused, made))
+            lines.append(_TABLE.format(stage, len(kept), size, len(rows) - len(kept), *last))
         return [*lines, f"index: {os.path.relpath(self.index.path)}"]
 
     def gone(self) -> list[Row]:
@@ -447,8 +474,8 @@ class ItemCache:
 
     def _brought(self, item: Item) -> int | None:
         """Size of the item in bytes, its object now being in place; None where it is nowhere."""
-        location = Path(self._store.oid_to_path(item.oid))
-        if self._state(item.oid) == "whole":
+        location = self._store.path(item.oid)
+        if self._is_whole(item.oid):
             return location.stat().st_size
         if item.text is not None:
             content = item.text.encode()
@@ -456,17 +483,24 @@ class ItemCache:
             content = Path(item.file).read_bytes()
         else:
             return None
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() != item.oid:
+        if _md5(content).hexdigest() != item.oid:
             return None
         self._put(content)
         return len(content)
 
 
-def tree_hash(tree: Any) -> str:
-    """`ItemCache.content_hash` of a folder that DVC has hashed: `dvc_data`'s Tree."""
-    files = sorted(
-        ("/".join(name), hash_info.value)
-        for name, _, hash_info in tree
-        if not name[-1].endswith(".md")
-    )
-    return item_key(files=files)
+_md5 = partial(hashlib.md5, usedforsecurity=False)
+
+
+def _md5_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _md5).hexdigest()
+
+
+def _shortest(changes: Iterable[list[str]]) -> str:
+    return ", ".join(sorted(changes, key=len)[0])
+
+
+def tree_hash(files: Mapping[str, str]) -> str:
+    """`ItemCache.content_hash` of a folder with these files and their MD5s."""
+    return item_key(files=sorted(one for one in files.items() if not one[0].endswith(".md")))

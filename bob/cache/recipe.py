@@ -40,6 +40,26 @@ class Maker:
         """Hash of all parts."""
         return item_key(code=dict(self.code), libraries=dict(self.libraries))
 
+    def changes(self, later: "Maker") -> list[str]:
+        """What is another in a later maker: `torch 2.14.0 -> 2.14.1`, `bob/models/sampling.py`."""
+        modules = {f"bob/{name.replace('.', '/')}.py": code for name, code in self.code.items()}
+        present = {f"bob/{name.replace('.', '/')}.py": code for name, code in later.code.items()}
+        return [
+            *parts_changed(self.libraries, later.libraries),
+            *(name for name in present | modules if modules.get(name) != present.get(name)),
+        ]
+
+
+def parts_changed(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """What differs, with both values; a hash, a list or the like only by its name."""
+    changes = []
+    for name in dict.fromkeys((*now, *then)):
+        sides = [side.get(name, "none") for side in (then, now)]
+        if sides[0] != sides[1]:
+            short = all(isinstance(side, int | float) or len(str(side)) < 32 for side in sides)
+            changes.append(f"{name} {' -> '.join(map(str, sides))}" if short else name)
+    return changes
+
 
 def maker_of(modules: Iterable[str], libraries: Iterable[str]) -> Maker:
     """The present maker: the modules of bob (`models.device`) and the installed libraries named."""

@@ -8,26 +8,19 @@ import ast
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from dvc.dependency.param import MissingParamsError, ParamsDependency
-from dvc.exceptions import DvcException
-from dvc.repo import Repo
-from dvc.repo.reproduce import plan_repro
-from dvc.stage import PipelineStage
-from dvc_data.hashfile.build import build
-from dvc_data.hashfile.hash_info import HashInfo
-from dvc_data.hashfile.tree import Tree
-from dvc_objects.errors import ObjectFormatError
 
 from bob.cache.items import ItemCache
 from bob.cache.recipe import Maker, bare, maker_of
-from bob.commands.plan.forecast import MAY_RUN, RUNS, UP_TO_DATE, Forecast
+from bob.dvc.forecast import MAY_RUN, RUNS, UP_TO_DATE, Dependency, Forecast
+from bob.dvc.pipeline import CHANGED, MISSING, NEW, UNCACHED, Parameters, Pipeline
 from bob.errors import BobError
 from bob.formats.params import PARAMS
 
@@ -35,6 +28,12 @@ T = TypeVar("T")
 
 LOCK = "dvc.lock"
 MODULE_LEVEL = "module level"
+CONDITIONS = {
+    NEW: "now makes {}",
+    MISSING: "{} is missing",
+    CHANGED: "{} was changed by hand",
+    UNCACHED: "{} is not in DVC's cache",
+}
 MOST = 3  # files, or parts of a module, that are named; the others are counted
 
 
@@ -43,112 +42,77 @@ def why(names: Sequence[str] = ()) -> None:
 
     Raises BobError where a stage is unknown, or something is missing without which DVC knows none.
     """
-    try:
-        with Repo() as repo:
-            for line in lines(repo, names):
-                click.echo(line)
-    except DvcException as error:
-        raise BobError(f"DVC: {' '.join(str(error).split())}") from None
-
-
-def lines(repo: Repo, names: Sequence[str] = ()) -> Iterator[str]:
-    """The lines that `why` prints."""
-    pipeline = _Pipeline(repo)
-    for name in names:
-        if name not in pipeline.stages:
-            raise BobError(f"{name}: no such stage; there are {', '.join(pipeline.stages)}")
-    notes = _item_notes()
-    for name in dict.fromkeys(names or pipeline.stages):
-        for line in (*pipeline.causes(name), *notes(name)):
-            yield f"{name}: {line}"
+    with Pipeline() as pipeline:
+        for name in names:
+            if name not in pipeline.stages:
+                raise BobError(f"{name}: no such stage; there are {', '.join(pipeline.stages)}")
+        causes, notes = Causes(pipeline, Forecast(pipeline)), _item_notes()
+        for name in dict.fromkeys(names or pipeline.stages):
+            found, idle = causes.of(name)
+            causes_of_it = [cause.text for cause in found] or [UP_TO_DATE]
+            for line in (*causes_of_it, *idle, *notes(name)):
+                click.echo(f"{name}: {line}")
 
 
 # --- the pipeline --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Dep:
-    """A dependency as the forecast has seen it."""
+class Cause:
+    """One thing that makes a stage run."""
 
-    of: Any
-    recorded: HashInfo
-    """In dvc.lock; empty where it was not declared then."""
-    coming: HashInfo | None
-    missing: bool = False
-
-
-class _Watched(Forecast):
-    """Keeps what the forecast was made of, and goes on where a dependency is missing."""
-
-    def __init__(self, repo: Repo) -> None:
-        self.deps: dict[str, list[_Dep]] = {}
-        super().__init__(repo)
-
-    def _coming(self, dep: Any) -> HashInfo | None:
-        coming, missing = None, False
-        try:
-            coming = super()._coming(dep)
-        except (BobError, MissingParamsError):
-            missing = True
-        # Kept now: the forecast writes into the dependencies when it asks the run cache.
-        seen = _Dep(dep, dep.hash_info, coming, missing)
-        self.deps.setdefault(dep.stage.name, []).append(seen)
-        return coming
+    text: str
+    short: str
+    """Without details."""
+    stage: str = ""
+    """The stage before it that makes what has changed; empty where it is no stage."""
 
 
-class _Pipeline:
-    """The stages of a repository, and why they run."""
+def _cause(text: str) -> Cause:
+    return Cause(text, text)
 
-    def __init__(self, repo: Repo) -> None:
-        self._repo = repo
-        self.stages = {
-            stage.name: stage
-            for stage in plan_repro(repo.index.graph)
-            if isinstance(stage, PipelineStage)
-        }
+
+class Causes:
+    """Why the stages of a pipeline run."""
+
+    def __init__(self, pipeline: Pipeline, forecast: Forecast) -> None:
+        self._stages, self._forecast = pipeline.stages, forecast
         self._makers = {
-            Path(out.fs_path): name for name, stage in self.stages.items() for out in stage.outs
+            out: name for name, stage in self._stages.items() for out in stage.out_files
         }
-        self._git = _History(Path(repo.root_dir))
+        self._git = _History(pipeline.root)
 
-    @cached_property
-    def _forecast(self) -> _Watched:
-        return _Watched(self._repo)
+    def of(self, name: str) -> tuple[list[Cause], list[str]]:
+        """What makes a stage run, and in words what has changed and makes nothing run."""
+        stage = self._stages[name]
+        if stage.lock is None:
+            return [_cause("has never run here")], []
+        found = [_cause("cmd changed")] if stage.command_changed else []
+        gone = _undeclared(stage.deps, stage.lock)
+        for dep in self._forecast.dependencies.get(name, ()):
+            found += self._of_dep(name, dep, gone)
+        parameters = stage.params
+        found += [_cause(text) for one in parameters for text in _of_params(one)]
+        found += [_cause(CONDITIONS[how].format(path)) for path, how in stage.changed_outs()]
+        idle = [f"no longer depends on {path}, which makes nothing run" for path in gone]
+        return found, idle + _undeclared_params(parameters, stage.lock)
 
-    def causes(self, name: str) -> list[str]:
-        """One line a cause; a single one where there is none."""
-        stage = self.stages[name]
-        lock = stage.dvcfile.lockfile_contents.get("stages", {}).get(name)
-        if lock is None:
-            return ["has never run here"]
-        found = ["cmd changed"] if stage.cmd_changed else []
-        gone = _undeclared(stage, lock)
-        for dep in self._forecast.deps.get(name, ()):
-            if isinstance(dep.of, ParamsDependency):
-                found += _of_params(dep.of, dep.recorded.value or {})
-            else:
-                found += self._of_dep(name, dep, gone)
-        found += self._of_outs(stage)
-        # DVC pays no heed to these.
-        found = found or [UP_TO_DATE]
-        found += [f"no longer depends on {path}, which makes nothing run" for path in gone]
-        return found + _undeclared_params(stage, lock)
-
-    def _of_dep(self, name: str, dep: _Dep, gone: dict[str, str | None]) -> list[str]:
+    def _of_dep(self, name: str, dep: Dependency, gone: dict[str, str | None]) -> list[Cause]:
         """Takes out of `gone`, dependencies no longer declared, what has only moved."""
-        path = dep.of.def_path
+        path = dep.path
         if dep.missing:
-            return [f"{path} is missing"]
+            return [_cause(f"{path} is missing")]
         if not dep.recorded:
-            return [self._of_new(path, Path(dep.of.fs_path), gone)]
+            return [Cause(self._of_new(path, dep.file, gone), path)]
         if dep.coming == dep.recorded:
             return []
-        maker = self._maker_of(Path(dep.of.fs_path))
+        maker = self._maker_of(dep.file)
         if maker is not None:
-            return [self._of_upstream(name, path, maker, known=dep.coming is not None)]
+            text = self._of_upstream(name, path, maker, known=dep.coming is not None)
+            return [Cause(text, path, maker)]
         if path.startswith("bob/") and path.endswith(".py"):
-            return [f"{path}{self._of_module(path, Path(dep.of.fs_path), dep.recorded.value)}"]
-        return [self._of_files(dep)]
+            return [Cause(f"{path}{self._of_module(path, dep.file, dep.md5)}", path)]
+        return [Cause(self._of_files(dep), path)]
 
     def _of_new(self, path: str, file: Path, gone: dict[str, str | None]) -> str:
         moved = [one for one in gone if one.endswith(".py") and Path(one).name == file.name]
@@ -171,8 +135,8 @@ class _Pipeline:
             return f"may run: {path} {'is' if runs else 'may be'} made again by {maker}"
         return f"{path}, {'made' if runs else 'which may be made'} by {maker} (see there)"
 
-    def _of_module(self, path: str, file: Path, recorded: str) -> str:
-        old = self._git.version(path, recorded)
+    def _of_module(self, path: str, file: Path, recorded: str | None) -> str:
+        old = self._git.version(path, recorded) if recorded else None
         if old is None:
             return " changed (its earlier version is not in git)"
         try:
@@ -180,82 +144,48 @@ class _Pipeline:
         except (SyntaxError, UnicodeDecodeError):
             return " changed (one of its versions is not Python)"
 
-    def _of_files(self, dep: _Dep) -> str:
-        path, old, new = dep.of.def_path, self._recorded_tree(dep), _present_tree(dep.of)
+    def _of_files(self, dep: Dependency) -> str:
+        old, new = self._forecast.recorded_files(dep), self._forecast.present_files(dep)
         if old is None or new is None:
-            return f"{path} changed"
-        changes = compare(
-            {"/".join(parts): hash_info for parts, _, hash_info in old},
-            {"/".join(parts): hash_info for parts, _, hash_info in new},
-        )
-        return f"{path}: {listed(sorted(changes))}"
-
-    def _recorded_tree(self, dep: _Dep) -> Tree | None:
-        if not dep.recorded.isdir:
-            return None
-        try:
-            return Tree.load(dep.of.local_cache, dep.recorded)
-        except (FileNotFoundError, ObjectFormatError):
-            return None  # of a folder that only git tracks, DVC keeps no list of files
-
-    def _of_outs(self, stage: Any) -> Iterator[str]:
-        for out in stage.outs:
-            if not out.hash_info:
-                yield f"now makes {out.def_path}"
-            elif not out.exists:
-                yield f"{out.def_path} is missing"
-            elif out.workspace_status():
-                yield f"{out.def_path} was changed by hand"
-            elif out.status():
-                yield f"{out.def_path} is not in DVC's cache"
+            return f"{dep.path} changed"
+        return f"{dep.path}: {listed(sorted(compare(old, new)))}"
 
 
-def _undeclared(stage: Any, lock: Mapping[str, Any]) -> dict[str, str | None]:
+def _undeclared(declared: Sequence[str], lock: Mapping[str, Any]) -> dict[str, str | None]:
     """Path -> MD5 of what dvc.lock has as a dependency and dvc.yaml has not."""
-    declared = {dep.def_path for dep in stage.deps}
     return {
         one["path"]: one.get("md5") for one in lock.get("deps", ()) if one["path"] not in declared
     }
 
 
-def _undeclared_params(stage: Any, lock: Mapping[str, Any]) -> list[str]:
-    declared = {dep.def_path: dep.params for dep in stage.deps if isinstance(dep, ParamsDependency)}
+def _undeclared_params(parameters: Sequence[Parameters], lock: Mapping[str, Any]) -> list[str]:
+    declared = {one.file: one.keys for one in parameters}
     return [
         f"no longer depends on parameter {_named(file, key)}, which makes nothing run"
         for file, values in lock.get("params", {}).items()
-        if declared.get(file) != []  # a file without names is declared as a whole
+        if declared.get(file) != ()  # a file without names is declared as a whole
         for key in values
         if key not in declared.get(file, ())
     ]
 
 
-def _present_tree(dep: Any) -> Tree | None:
-    if not Path(dep.fs_path).is_dir():
-        return None
-    _, _, tree = build(
-        dep.local_cache, dep.fs_path, dep.fs, dep.hash_name, ignore=dep.dvcignore, dry_run=True
-    )
-    return tree
-
-
 # --- parameters ----------------------------------------------------------------------------------
 
 
-def _of_params(dep: ParamsDependency, recorded: Mapping[str, Any]) -> Iterator[str]:
+def _of_params(of: Parameters) -> Iterator[str]:
     """The parameters that changed, each with its value then and now."""
-    now = dep.read_params()
-    for key in dict.fromkeys((*dep.params, *now, *recorded)):
-        if key not in recorded:
-            yield f"now depends on parameter {_named(dep.def_path, key)}"
+    for key in dict.fromkeys((*of.keys, *of.present, *of.recorded)):
+        if key not in of.recorded:
+            yield f"now depends on parameter {_named(of.file, key)}"
             continue
-        if key not in now:
-            yield f"parameter {_named(dep.def_path, key)} is missing"
+        if key not in of.present:
+            yield f"parameter {_named(of.file, key)} is missing"
             continue
-        old, new = dict(_leaves(key, recorded[key])), dict(_leaves(key, now[key]))
+        old, new = dict(_leaves(key, of.recorded[key])), dict(_leaves(key, of.present[key]))
         for leaf in dict.fromkeys((*old, *new)):
             if leaf not in old or leaf not in new or old[leaf] != new[leaf]:
                 values = [_shown(side[leaf]) if leaf in side else "none" for side in (old, new)]
-                yield f"parameter {_named(dep.def_path, leaf)} {' -> '.join(values)}"
+                yield f"parameter {_named(of.file, leaf)} {' -> '.join(values)}"
 
 
 def _named(file: str, key: str) -> str:
@@ -387,9 +317,10 @@ def _item_notes() -> Callable[[str], Iterator[str]]:
 
     def notes(stage: str) -> Iterator[str]:
         if stage in runs:
-            reused, made = runs[stage]
-            yield f"(last run: {reused:,} items reused, {made:,} made)"
-        differences = [maker_changes(maker) for maker in makers.get(stage, [])]
+            run = runs[stage]
+            because = f", because: {run.because}" if run.because else ""
+            yield f"(last run: {run.reused:,} items reused, {run.made:,} made{because})"
+        differences = [maker.changes(present_maker(maker)) for maker in makers.get(stage, [])]
         nearest = min(differences, key=len, default=[])
         if nearest:
             yield f"(its items were made by other code: {', '.join(nearest)})"
@@ -397,23 +328,17 @@ def _item_notes() -> Callable[[str], Iterator[str]]:
     return notes
 
 
-def maker_changes(then: Maker) -> list[str]:
-    """What of a maker of items is no longer what is here: libraries and modules."""
-    libraries = _parts_changed(then.libraries, lambda name: maker_of((), (name,)).libraries)
-    modules = _parts_changed(then.code, lambda name: maker_of((name,), ()).code)
-    return [
-        *(f"{name} {old} -> {new}" for name, old, new in libraries),
-        *(f"bob/{name.replace('.', '/')}.py" for name, _, _ in modules),
-    ]
+def present_maker(then: Maker) -> Maker:
+    """The modules and libraries of a maker as they are now; without those that are gone."""
+    return Maker(
+        dict(_present(then.code, lambda name: maker_of((name,), ()).code)),
+        dict(_present(then.libraries, lambda name: maker_of((), (name,)).libraries)),
+    )
 
 
-def _parts_changed(
-    then: Mapping[str, str], present: Callable[[str], Mapping[str, str]]
-) -> Iterator[tuple[str, str, str]]:
-    for name, old in then.items():
-        try:
-            new = present(name)[name]
-        except (FileNotFoundError, ModuleNotFoundError):  # PackageNotFoundError is one
-            new = "none"
-        if new != old:
-            yield name, old, new
+def _present(
+    names: Iterable[str], of: Callable[[str], Mapping[str, str]]
+) -> Iterator[tuple[str, str]]:
+    for name in names:
+        with suppress(FileNotFoundError, ModuleNotFoundError):  # PackageNotFoundError is one
+            yield name, of(name)[name]

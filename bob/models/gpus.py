@@ -4,8 +4,6 @@ import difflib
 import re
 from dataclasses import dataclass
 
-import torch
-
 from bob.errors import BobError
 
 UTILISATION = 0.35
@@ -63,6 +61,8 @@ def choose(name: str | None) -> Gpu:
     Raises BobError for a name that is not in the table.
     """
     if name is None:
+        import torch  # late: a plan with nothing to do needs no GPU
+
         here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         return recognise(here) or GPUS[DEFAULT]
     if name.lower() in GPUS:

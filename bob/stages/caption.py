@@ -118,7 +118,7 @@ def answers_wanted(
     def wanted(photos: Sequence[Photo], question: str) -> Wanted:
         asking = {"item": "answer", **common, "question": question}
         recipes = [item_key(**asking, photo=photo.sha256) for photo in photos]
-        return Wanted(recipes, item_key(**asking), maker)
+        return Wanted(recipes, asking, maker)
 
     return wanted
 

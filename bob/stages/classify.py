@@ -112,7 +112,7 @@ def run(params: Params) -> None:
             for one in planned
         ),
     )
-    click.echo(f"{_summary(trained)} ({cache.account})")
+    click.echo(f"{_summary(trained)}; {cache.account}")
 
 
 def recipe_of(settings: Any) -> Recipe:
@@ -150,7 +150,7 @@ def classifiers_wanted(
     family = {name: bool(value) if name in SETS else value for name, value in common.items()}
     return Wanted(
         [item_key(**common, seed=seed) for seed in seeds],
-        item_key(**family),
+        family,
         maker_of(trainer.made_by, trainer.libraries),
     )
 

@@ -116,7 +116,7 @@ def lora_wanted(
     # nothing of those after the last, because code can act later: at a checkpoint, for one.
     return Wanted(
         [item_key(item=item, **deciding) for item in ("lora", "losses")],
-        item_key(item="lora"),
+        {"item": "lora", **deciding},
         maker_of(MADE_BY, LIBRARIES),
         on_trial=False,
     )

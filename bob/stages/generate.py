@@ -50,7 +50,7 @@ def run(params: Params) -> None:
             for row, image in zip(rows, planned, strict=True)
         ),
     )
-    print(f"generate: {len(planned)} images, context from {settings.context} ({cache.account})")
+    print(f"generate: {len(planned)} images, context from {settings.context}: {cache.account}")
 
 
 def image_maker(base_model: Path, settings: Any) -> sampling.ImageMaker:
@@ -89,7 +89,7 @@ def images_wanted(
 
     return Wanted(
         [item_key(**common, prompt=image.prompt, seed=image.seed) for image in planned],
-        item_key(**common),
+        common,
         maker_of(sampling.MADE_BY, sampling.LIBRARIES),
         covering,
         sampling.peak_signal_to_noise,

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from bob.cache.items import ItemCache, tree_hash
-from bob.commands.plan import networks
-from bob.commands.plan.forecast import UP_TO_DATE, Forecast
+from bob.commands.plan import model_folder, networks
+from bob.dvc.forecast import UP_TO_DATE, Forecast
 from bob.formats import layout
 from bob.formats.files import sha256
 from bob.formats.manifest import read_manifest
@@ -106,11 +106,6 @@ class Project:
             self.params.generate.images_per_class,
         )
         return sum(counts.values())
-
-
-def model_folder(params: Params, section: str, key: str) -> Path:
-    """The folder that the parameter `section.key` names."""
-    return Path(getattr(getattr(params, section), key))
 
 
 def _undrawn(params: Params) -> Dataset:

@@ -24,22 +24,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-from dvc.dependency.param import ParamsDependency
-from dvc.exceptions import DvcException
-from dvc.repo import Repo
-from dvc.repo.reproduce import plan_repro
-from dvc.stage import PipelineStage
-from dvc_objects.fs.generic import transfer
-from dvc_objects.fs.local import localfs
 from ruamel.yaml import YAML
 
 from bob.commands.verify import observe
+from bob.dvc import pipeline
+from bob.dvc.store import copy_file
 from bob.errors import BobError
 from bob.formats.files import sha256
 from bob.formats.params import PARAMS, PIPELINE, read_yaml, select
@@ -48,7 +42,8 @@ SCHEMA = "bob/formats/params.schema.json"
 # They check and dispatch, and are no stage's dependencies.
 EXEMPT = (
     *("bob/__main__.py", "bob/cli.py", "bob/formats/params.py", SCHEMA),
-    *("bob/__init__.py", "bob/cache/__init__.py", "bob/formats/__init__.py"),
+    *("bob/__init__.py", "bob/cache/__init__.py", "bob/dvc/__init__.py"),
+    "bob/formats/__init__.py",
     *("bob/miniature/__init__.py", "bob/models/__init__.py", "bob/stages/__init__.py"),
 )
 # Where libraries look for caches and settings, which are nothing that a stage declares.
@@ -70,23 +65,19 @@ class Stage:
     """Outputs that are not deterministic."""
 
     @classmethod
-    def of(cls, stage: PipelineStage) -> "Stage":
+    def of(cls, stage: pipeline.Stage) -> "Stage":
         """Take it from DVC, which has put in the values of the parameters."""
         start = "python -m bob "
-        if not str(stage.cmd).startswith(start):
+        if not stage.command.startswith(start):
             raise BobError(f"{PIPELINE}: the cmd of stages.{stage.name} is not `{start}...`")
         return cls(
             stage.name,
-            tuple(stage.cmd.removeprefix(start).split()),
-            tuple(dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)),
-            tuple((stage.meta or {}).get("optional_deps", ())),
-            tuple(
-                key for dep in stage.deps if isinstance(dep, ParamsDependency) for key in dep.params
-            ),
-            tuple(out.def_path for out in stage.outs),
-            tuple(
-                out.def_path for out in stage.outs if not out.annot.meta.get("deterministic", True)
-            ),
+            tuple(stage.command.removeprefix(start).split()),
+            stage.deps,
+            tuple(stage.meta.get("optional_deps", ())),
+            tuple(key for parameters in stage.params for key in parameters.keys),
+            stage.outs,
+            tuple(out for out in stage.outs if not stage.meta_of(out).get("deterministic", True)),
         )
 
     def output_of(self, path: str) -> str:
@@ -135,12 +126,8 @@ def verify(names: Sequence[str] = ()) -> bool:
 def read_pipeline(names: Sequence[str] = ()) -> list[Stage]:
     """The stages of `dvc.yaml` in the order in which they run, or those of them in `names`."""
     read_yaml(PIPELINE)  # says in one line where there is none
-    with _repo(Path()) as repo:
-        stages = [
-            Stage.of(stage)
-            for stage in plan_repro(repo.index.graph)
-            if isinstance(stage, PipelineStage)
-        ]
+    with pipeline.Pipeline() as found:
+        stages = [Stage.of(stage) for stage in found.stages.values()]
     known = [stage.name for stage in stages]
     for name in names:
         if name not in known:
@@ -314,8 +301,8 @@ def differing(stage: Stage, run: Run, root: Path, sandbox: Sandbox) -> list[str]
             "output with `meta: {deterministic: false}`"
             for paths in _grouped(changing, stage.output_of)
         ]
-    with _repo(root) as repo:
-        stale = repo.status(targets=[stage.name])
+    with pipeline.Pipeline(root) as found:
+        stale = found.is_stale(stage.name)
     return [
         f"the workspace's {paths} is of other dependencies; run `dvc repro` and verify again"
         if stale
@@ -346,16 +333,6 @@ def hashes(root: Path, stage: Stage) -> dict[str, str]:
         if out not in stage.varying
         for path in _files(root / out)
     }
-
-
-@contextmanager
-def _repo(root: Path) -> Iterator[Repo]:
-    """The DVC repository at `root`, with DVC's errors as one line."""
-    try:
-        with Repo(str(root)) as repo:
-            yield repo
-    except DvcException as error:
-        raise BobError(" ".join(str(error).split())) from None
 
 
 def _difference(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
@@ -399,13 +376,9 @@ def _copy(source: Path, target: Path) -> None:
     """Copy a file or a folder, for free where the file system can: never a link to the project."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, target, copy_function=_copy_file)
+        shutil.copytree(source, target, copy_function=copy_file)
     else:
-        _copy_file(str(source), str(target))
-
-
-def _copy_file(source: str, target: str) -> None:
-    transfer(localfs, source, localfs, target, links=["reflink", "copy"])
+        copy_file(str(source), str(target))
 
 
 def _remove(path: Path) -> None:

@@ -1,0 +1,57 @@
+"""What the numbers of a plan stand on, what is not known, and what does not fit."""
+
+from collections.abc import Mapping
+
+from bob.commands.plan import MODELS, metric, model_folder
+from bob.commands.plan.networks import ANSWER_TOKENS
+from bob.commands.plan.work import Work
+from bob.dvc.forecast import MAY_RUN, RESTORED
+from bob.formats.params import Params
+from bob.models import gpus
+from bob.models.captioner import MAX_NEW_TOKENS
+from bob.models.device import best_device, dtype_name, resolve_precision
+from bob.models.endpoint import is_endpoint
+
+USABLE = 0.9  # of a GPU's memory; the rest is CUDA's own, and gaps that its allocator leaves
+
+
+def notes(
+    of: Params, states: Mapping[str, str], work: Mapping[str, Work], gpu: gpus.Gpu
+) -> list[str]:
+    """Lines to print below the table."""
+    lines = [
+        f"time, memory: {gpu.name}, {gpu.half:g} TFLOP/s in {'bf16' if gpu.bf16 else 'fp16'} and "
+        f"{gpu.single:g} in fp32, of which {gpus.UTILISATION:.0%} is taken to be reached, "
+        f"{metric(gpu.memory, 'B')}; only products are timed"
+    ]
+    if RESTORED in states.values():
+        lines.append("restored: DVC's run cache has the outputs, nothing is computed")
+    if MAY_RUN in states.values():
+        lines.append(
+            "may run: what it depends on is being made; DVC skips it where that comes out the same"
+        )
+    if any("at most" in one.items for one in work.values()):
+        lines.append("at most: what decides these items is being made, so all may be new")
+    if any(work[stage].flops for stage in ("caption", "audit") if stage in work):
+        lines.append(
+            f"answers are taken to have {ANSWER_TOKENS} tokens (at most {MAX_NEW_TOKENS}) and to "
+            "be usable; one that names a class is asked for again"
+        )
+    for stage in ("caption", "generate"):
+        setting = getattr(of, stage).precision
+        here, there = dtype_name(resolve_precision(setting, best_device())), gpu.precision(setting)
+        if stage in work and work[stage].flops and here != there:
+            lines.append(
+                f"{stage}: the item cache was asked for what this machine makes, in {here}; on "
+                f"{gpu.name} it is {there}"
+            )
+    for folder in dict.fromkeys(model_folder(of, *model) for model in MODELS):
+        if not is_endpoint(folder) and not any(folder.rglob("*.safetensors")):
+            lines.append(f"{folder} holds no weights: nothing that was made with them is found")
+    lines += [
+        f"{stage} does not fit into {gpu.name}: about {metric(one.memory, 'B')} are needed, of "
+        f"{metric(USABLE * gpu.memory, 'B')}" + (f"; {one.relief}" if one.relief else "")
+        for stage, one in work.items()
+        if one.memory > USABLE * gpu.memory
+    ]
+    return lines

@@ -1,0 +1,39 @@
+"""Opening the DVC repository around a folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bob.dvc import locks
+from bob.errors import BobError
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+
+@contextmanager
+def translated(prefix: str = "") -> Iterator[None]:
+    """Raise DVC's own errors as a BobError of one line."""
+    from dvc.exceptions import DvcException
+    from scmrepo.exceptions import SCMError
+
+    try:
+        yield
+    except (DvcException, SCMError) as error:
+        raise BobError(f"{prefix}{' '.join(str(error).split())}") from None
+
+
+def open_repository(folder: Path | None = None) -> "Repo":
+    """The repository around `folder`, or the current one; to be closed, or used in a `with` block.
+
+    Frees it from what killed processes have left in its locks. Raises BobError where there is none.
+    """
+    # Late: a stage's module must not wait for DVC when only its functions are wanted.
+    from dvc.repo import Repo
+
+    folder = folder or Path.cwd()
+    with translated(f"a DVC repository around {folder} is needed: "):
+        repository = Repo(str(folder))
+    locks.release_dead(repository)
+    return repository

@@ -1,0 +1,106 @@
+"""DVC's local cache as a store of objects, each named by the MD5 of its bytes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from bob.dvc.repository import open_repository
+from bob.errors import BobError
+
+
+class ObjectStore:
+    """The cache of the repository around the current folder; to be used in a `with` block.
+
+    All experiments of a repository share it. Raises BobError outside a repository.
+    """
+
+    def __init__(self) -> None:
+        self._repository = open_repository()
+        self._odb = self._repository.cache.local
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the repository."""
+        self._repository.close()
+
+    @property
+    def shared(self) -> bool:
+        """Whether users of one group share the cache."""
+        return self._repository.config["cache"].get("shared") == "group"
+
+    def folder(self, name: str) -> Path:
+        """A folder beside the objects, for what is none; it is made where it is missing."""
+        path = Path(self._repository.cache.local_cache_dir, name)
+        self._odb.makedirs(str(path))  # the cache's own, so that a shared one stays shared
+        return path
+
+    def path(self, oid: str) -> Path:
+        """Where an object lies, or would."""
+        return Path(self._odb.oid_to_path(oid))
+
+    def exists(self, oid: str) -> bool:
+        """Whether there is an object of this name; whether it is whole is not looked at."""
+        return self._odb.exists(oid)
+
+    def add(self, oid: str, content: bytes) -> None:
+        """Write an object, whose name is the MD5 of `content`, also over one that is there."""
+        self._odb.add_bytes(oid, content)
+        self._odb.protect(self._odb.oid_to_path(oid))
+
+    def place(self, oids: Sequence[str], paths: Sequence[Path]) -> None:
+        """Put objects into the workspace, linked as DVC's `cache.type` says or else copied.
+
+        Raises BobError where an object is gone.
+        """
+        from dvc_objects.fs.generic import transfer
+
+        for folder in {path.parent for path in paths}:
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            transfer(
+                self._odb.fs,
+                [self._odb.oid_to_path(oid) for oid in oids],
+                self._odb.fs,
+                [str(path.absolute()) for path in paths],
+                links=list(dict.fromkeys([*self._odb.cache_types, "copy"])),
+            )
+        except FileNotFoundError as error:
+            raise BobError(
+                f"{error.filename} went from the DVC cache while the stage ran; run it again"
+            ) from None
+
+    def hashes(self, folder: Path) -> dict[str, str]:
+        """File -> MD5 for all files in a folder that .dvcignore does not leave out.
+
+        Files that did not change since DVC or this function read them are not read again.
+        """
+        from dvc_data.hashfile.build import build
+
+        _, _, tree = build(
+            self._odb,
+            str(folder.absolute()),
+            self._odb.fs,
+            "md5",
+            dry_run=True,
+            ignore=self._repository.dvcignore,
+        )
+        return {"/".join(parts): hash_info.value for parts, _, hash_info in tree}
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy a file, for free where the file system can clone it; never a link to the source."""
+    from dvc_objects.fs.generic import transfer
+    from dvc_objects.fs.local import localfs
+
+    transfer(localfs, source, localfs, target, links=["reflink", "copy"])

@@ -1,0 +1,297 @@
+"""What bob relies on in DVC's insides: where DVC moves something, these fail first."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+
+from bob.dvc.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE, Forecast
+from bob.dvc.locks import release_dead
+from bob.dvc.pipeline import CHANGED, MISSING, NEW, UNCACHED, Pipeline
+from bob.dvc.repository import open_repository
+from bob.dvc.store import ObjectStore, copy_file
+from bob.errors import BobError
+
+PIPELINE = """\
+stages:
+  cut:
+    cmd: mkdir -p out && head -c ${size} in/a > out/a
+    deps: [in]
+    params: [size, more.depth]
+    meta: {optional_deps: [in]}
+    outs:
+      - out:
+          meta: {deterministic: false}
+  count:
+    cmd: wc -c < out/a > count
+    deps: [out/a]
+    outs: [count]
+"""
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A small pipeline that has run, as the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    for name, text in {
+        "dvc.yaml": PIPELINE,
+        "params.yaml": "size: 3\nmore: {depth: 1, other: 2}\n",
+        "in/a": "abcdef",
+    }.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    with Repo.init(no_scm=True) as repo:
+        repo.reproduce()
+    return tmp_path
+
+
+def set_size(size):
+    Path("params.yaml").write_text(f"size: {size}\nmore: {{depth: 1, other: 2}}\n")
+
+
+def reproduce():
+    with Repo() as repo:
+        repo.reproduce()
+
+
+def states():
+    with Pipeline() as pipeline:
+        return Forecast(pipeline).states
+
+
+# --- the store -------------------------------------------------------------------------------
+
+
+def md5(content):
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def test_an_object_lies_where_dvc_looks_for_it_and_is_linked_into_the_workspace(repository):
+    oid = md5(b"content")
+    with ObjectStore() as store:
+        assert not store.exists(oid)
+        store.add(oid, b"content")
+        assert store.exists(oid)
+        assert store.path(oid) == repository / ".dvc/cache/files/md5" / oid[:2] / oid[2:]
+        assert store.path(oid).stat().st_mode & 0o777 == 0o444  # no one writes into it by mistake
+        store.place([oid, oid], [Path("a/one"), Path("b/two")])
+        assert Path("a/one").read_bytes() == Path("b/two").read_bytes() == b"content"
+        store.path(oid).chmod(0o644)
+        store.path(oid).write_bytes(b"damaged")
+        store.add(oid, b"content")  # also over one that is there
+        assert store.path(oid).read_bytes() == b"content"
+        with pytest.raises(BobError, match="went from the DVC cache while the stage ran"):
+            store.place(["0" * 32], [Path("c")])
+        assert store.folder("bob").is_dir() and not store.shared
+    with Repo() as repo:  # the file in the workspace is the object, as DVC sees it
+        (stage,) = repo.add("a/one")
+        assert stage.outs[0].hash_info.value == oid
+
+
+def test_hashes_of_a_folder_are_dvcs(repository):
+    Path("in/b").mkdir()
+    Path("in/b/c").write_text("c")
+    Path(".dvcignore").write_text("*.tmp\n")
+    Path("in/x.tmp").write_text("x")
+    with ObjectStore() as store:
+        assert store.hashes(Path("in")) == {"a": md5(b"abcdef"), "b/c": md5(b"c")}
+
+
+def test_a_cache_for_a_group_says_so(repository):
+    with Repo() as repo, repo.config.edit("local") as config:
+        config["cache"]["shared"] = "group"
+    with ObjectStore() as store:
+        assert store.shared
+        assert store.folder("bob").stat().st_mode & 0o070 == 0o070
+
+
+def test_a_copy_is_no_link(tmp_path):
+    (tmp_path / "a").write_text("a")
+    copy_file(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert (tmp_path / "b").read_text() == "a"
+    assert (tmp_path / "b").stat().st_ino != (tmp_path / "a").stat().st_ino
+
+
+def test_outside_a_repository_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BobError, match=r"a DVC repository around .* is needed") as caught:
+        open_repository()
+    assert "\n" not in str(caught.value)
+
+
+# --- the pipeline ----------------------------------------------------------------------------
+
+
+def test_the_pipeline_as_declared_and_recorded(repository):
+    set_size(4)
+    with Pipeline() as pipeline:
+        assert list(pipeline.stages) == ["cut", "count"]
+        cut = pipeline.stages["cut"]
+        assert cut.command == "mkdir -p out && head -c 4 in/a > out/a" and cut.command_changed
+        assert (cut.deps, cut.outs) == (("in",), ("out",))
+        assert cut.out_files == (repository / "out",)
+        assert cut.meta == {"optional_deps": ["in"]}
+        assert cut.meta_of("out") == {"deterministic": False}
+        (params,) = cut.params
+        assert params.file == "params.yaml" and set(params.keys) == {"size", "more.depth"}
+        assert params.recorded == {"size": 3, "more.depth": 1}
+        assert params.present == {"size": 4, "more.depth": 1}
+        assert cut.lock and cut.lock["deps"][0]["path"] == "in"
+        assert pipeline.root == repository
+        assert pipeline.is_stale("cut") and not pipeline.is_stale("count")
+
+
+def test_a_stage_that_never_ran_and_a_pipeline_that_dvc_refuses(repository):
+    pipeline = Path("dvc.yaml")
+    pipeline.write_text(PIPELINE.replace("count:", "sum:", 1))
+    with Pipeline() as found:
+        assert found.stages["sum"].lock is None
+    pipeline.write_text(PIPELINE.replace("cmd: wc", "command: wc"))
+    with pytest.raises(BobError, match=r"dvc\.yaml") as caught:
+        Pipeline()
+    assert "\n" not in str(caught.value)
+
+
+def test_what_has_become_of_outputs(repository):
+    def condition(name):
+        with Pipeline() as pipeline:
+            return [how for _, how in pipeline.stages[name].changed_outs()]
+
+    assert condition("count") == []
+    Path("count").write_text("7")
+    assert condition("count") == [CHANGED]
+    Path("count").unlink()
+    assert condition("count") == [MISSING]
+    reproduce()
+    with Repo() as repo:
+        (oid,) = (out.hash_info.value for out in repo.index.outs if out.def_path == "count")
+    with ObjectStore() as store:
+        store.path(oid).unlink()
+    assert condition("count") == [UNCACHED]
+    Path("dvc.yaml").write_text(PIPELINE.replace("outs: [count]", "outs: [count, sum]"))
+    assert NEW in condition("count")
+
+
+# --- the forecast ----------------------------------------------------------------------------
+
+
+def test_the_forecast_is_what_dvc_then_does(repository):
+    assert states() == {"cut": UP_TO_DATE, "count": UP_TO_DATE}
+    set_size(4)
+    assert states() == {"cut": RUNS, "count": MAY_RUN}
+    reproduce()
+    set_size(3)
+    assert states() == {"cut": RESTORED, "count": RESTORED}  # by DVC's run cache
+    with Pipeline() as pipeline:
+        forecast = Forecast(pipeline)
+        location = forecast.file(Path("out/a"))
+        assert location is not None and location.read_text() == "abc"  # in the cache, not here
+        assert Path("out/a").read_text() == "abcd"
+        assert forecast.files(Path("out")) == {"a": md5(b"abc")}
+    reproduce()
+    assert Path("out/a").read_text() == "abc"
+    assert states() == {"cut": UP_TO_DATE, "count": UP_TO_DATE}
+
+
+def test_a_dependency_that_is_missing(repository):
+    Path("dvc.yaml").write_text(PIPELINE.replace("[out/a]", "[out/a, gone]"))
+    with Pipeline() as pipeline:
+        forecast = Forecast(pipeline)
+        assert forecast.missing == ["gone"]
+        (dep,) = [dep for dep in forecast.dependencies["count"] if dep.missing]
+        assert dep.path == "gone" and dep.coming is None and not dep.recorded
+
+
+def test_files_of_a_dependency_then_and_now(repository):
+    with Pipeline() as pipeline:
+        forecast = Forecast(pipeline)
+        (dep,) = forecast.dependencies["cut"]
+        assert forecast.recorded_files(dep) is None  # DVC keeps none of what it does not track
+    with Repo() as repo:
+        repo.add("in")
+    Path("in/b").write_text("b")
+    with Pipeline() as pipeline:
+        forecast = Forecast(pipeline)
+        (dep,) = forecast.dependencies["cut"]
+        assert dep.coming != dep.recorded
+        assert forecast.recorded_files(dep) == {"a": md5(b"abcdef")}
+        assert forecast.present_files(dep) == {"a": md5(b"abcdef"), "b": md5(b"b")}
+        (out,) = forecast.dependencies["count"]
+        assert forecast.recorded_files(out) is None is forecast.present_files(out)  # a file
+        assert out.md5 == md5(b"abc")
+
+
+# --- locks -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dead():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def locked(pid, **more):
+    return {"pid": pid, "cmd": "dvc repro", **more}
+
+
+def test_locks_of_the_dead_are_released_and_those_of_the_living_are_not(repository, dead):
+    path = Path(".dvc/tmp/rwlock")
+    mine = os.getpid()
+    path.write_text(
+        json.dumps(
+            {
+                "write": {"/a": locked(dead), "/b": locked(mine)},
+                "read": {"/c": [locked(dead)], "/d": [locked(mine), locked(dead)]},
+            }
+        )
+    )
+    open_repository().close()
+    assert json.loads(path.read_text()) == {
+        "write": {"/b": locked(mine)},
+        "read": {"/d": [locked(mine)]},
+    }
+    before = path.stat().st_mtime_ns
+    open_repository().close()  # there is nothing to change
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("content", ["", '{"write": {"/a": {"pid": 1', "[]", '{"read": {"/a": 1}}'])
+def test_half_a_lock_file_keeps_dvc_from_running_until_it_is_cleared(repository, content):
+    path = Path(".dvc/tmp/rwlock")
+    path.write_text(content)
+    set_size(5)
+    command = [sys.executable, "-m", "dvc", "repro"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode  # as DVC does
+    open_repository().close()
+    assert not path.exists()
+    reproduce()
+    assert Path("out/a").read_text() == "abcde"
+
+
+def test_half_a_lock_file_is_left_while_dvc_is_at_work(repository):
+    path = Path(".dvc/tmp/rwlock")
+    path.write_text("{")
+    # Called as DVC is, from the environment's folder of commands.
+    other = subprocess.Popen(["sh", "-c", "sleep 60; : /bin/dvc", "/bin/dvc"])
+    try:
+        with pytest.raises(BobError, match=f"process {other.pid}\\) is at work"):
+            open_repository()
+    finally:
+        other.kill()
+        other.wait()
+    assert path.exists()
+
+
+def test_a_repository_without_locks_is_left_alone(repository):
+    Path(".dvc/tmp/rwlock").unlink(missing_ok=True)
+    with Repo() as repo:
+        release_dead(repo)
+    assert not Path(".dvc/tmp/rwlock").exists()
