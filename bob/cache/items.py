@@ -374,8 +374,7 @@ class ItemCache:
 
         Raises FileNotFoundError or NotADirectoryError where there is no object.
         """
-        path = self._store.path(row.oid)
-        found = path.stat()
+        found = self._store.stat(row.oid)
         if (row.inode, row.changed, row.size) == (found.st_ino, found.st_mtime_ns, found.st_size):
             return row
         if not self._is_whole(row.oid):

@@ -1,5 +1,6 @@
 """DVC's local cache as a store of objects, each named by the MD5 of its bytes."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +49,10 @@ class ObjectStore:
     def path(self, oid: str) -> Path:
         """Where an object lies, or would."""
         return Path(self._odb.oid_to_path(oid))
+
+    def stat(self, oid: str) -> os.stat_result:
+        """Of an object's file; raises OSError where there is none."""
+        return os.stat(self._odb.oid_to_path(oid))  # noqa: PTH116 - a Path costs more than the call
 
     def exists(self, oid: str) -> bool:
         """Whether there is an object of this name; whether it is whole is not looked at."""
