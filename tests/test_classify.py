@@ -482,7 +482,7 @@ def test_a_generated_image_of_an_unknown_class_and_an_empty_training_set_are_ref
     project: Path,
 ) -> None:
     write_manifest(layout.GENERATED, [Generated("Grey Blob", None, "a photo", 0, "a.png")])
-    with pytest.raises(BobError, match=r"manifest\.jsonl has images of 'Grey Blob'"):
+    with pytest.raises(BobError, match=r"metadata\.jsonl has images of 'Grey Blob'"):
         classify.run(classify_params())
     write_jsonl(layout.TRAIN, [])
     with pytest.raises(BobError, match="lists no photo"):

@@ -4,6 +4,7 @@ import io
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -153,6 +154,46 @@ def test_the_list_of_items_names_every_image_and_the_manifest_no_key(project, ca
         str(GENERATE / image.file) for image in read_manifest()
     ]
     assert not any(item.recipe in GENERATED.read_text() for item in listed)
+
+
+def loaded():
+    """The generated set as users load it; the dataset and its columns but for the image."""
+    dataset = datasets.load_dataset(
+        "imagefolder", data_dir=str(GENERATE), split="train", cache_dir="datasets"
+    )
+    return dataset, dataset.remove_columns("image").to_list()
+
+
+def columns(image):
+    context = image.context
+    return {
+        "class": image.class_name,
+        "background": context.background if context else None,
+        "pose": context.pose if context else None,
+        "prompt": image.prompt,
+        "seed": image.seed,
+    }
+
+
+@pytest.mark.parametrize("context", ["bank", "none"])
+def test_datasets_loads_the_set_with_what_was_asked_for_as_columns(project, capsys, context):
+    run(capsys, context=context)
+    dataset, rows = loaded()
+    planned = read_manifest()
+    assert rows == [columns(image) for image in planned]
+    for row, image in zip(dataset, planned, strict=True):
+        assert row["image"].tobytes() == Image.open(GENERATE / image.file).tobytes()
+
+
+def test_datasets_loads_every_class_whatever_its_name(project, capsys):
+    """Also one that is the name of a split, or means something in a path."""
+    names = {word for words in datasets.data_files.SPLIT_KEYWORDS.values() for word in words}
+    names |= {"a val", "Test", "test-eval", "in 5test"}
+    names |= {"a::b", "$HOME", "a\\b", "F/A-18", ".x", "[a]*"}
+    write_task(CLASSES, Task("bird", tuple(sorted(names))))
+    write_bank(BANK, [Entry(name, name, Context("sky", "flying")) for name in sorted(names)])
+    run(capsys, images_per_class=1, batch_size=10)
+    assert loaded()[1] == [columns(image) for image in read_manifest()]
 
 
 def test_no_images_need_no_model(project, capsys):
