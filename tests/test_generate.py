@@ -3,6 +3,7 @@
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -21,6 +22,7 @@ from bob.models import diffusion
 from bob.models.sampling import ImageMaker, png
 from bob.stages import generate
 from tests.builders import build_text_to_image
+from tests.conftest import documented
 from tests.tiny_project import tree
 
 SETTINGS = {
@@ -156,12 +158,17 @@ def test_the_list_of_items_names_every_image_and_the_manifest_no_key(project, ca
     assert not any(item.recipe in GENERATED.read_text() for item in listed)
 
 
-def loaded():
-    """The generated set as users load it; the dataset and its columns but for the image."""
-    dataset = datasets.load_dataset(
-        "imagefolder", data_dir=str(GENERATE), split="train", cache_dir="datasets"
-    )
-    return dataset, dataset.remove_columns("image").to_list()
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Loads the generated set as docs/use.md says."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+    def load():
+        names: dict[str, Any] = {}
+        exec(documented("use.md", using="load_dataset"), names)
+        return names["images"]
+
+    return load
 
 
 def columns(image):
@@ -176,16 +183,15 @@ def columns(image):
 
 
 @pytest.mark.parametrize("context", ["bank", "none"])
-def test_datasets_loads_the_set_with_what_was_asked_for_as_columns(project, capsys, context):
+def test_datasets_loads_the_set_with_what_was_asked_for_as_columns(project, capsys, load, context):
     run(capsys, context=context)
-    dataset, rows = loaded()
-    planned = read_manifest()
-    assert rows == [columns(image) for image in planned]
-    for row, image in zip(dataset, planned, strict=True):
+    images, planned = load(), read_manifest()
+    assert images.remove_columns("image").to_list() == [columns(image) for image in planned]
+    for row, image in zip(images, planned, strict=True):
         assert row["image"].tobytes() == Image.open(GENERATE / image.file).tobytes()
 
 
-def test_datasets_loads_every_class_whatever_its_name(project, capsys):
+def test_datasets_loads_every_class_whatever_its_name(project, capsys, load):
     """Also one that is the name of a split, or means something in a path."""
     names = {word for words in datasets.data_files.SPLIT_KEYWORDS.values() for word in words}
     names |= {"a val", "Test", "test-eval", "in 5test"}
@@ -193,7 +199,7 @@ def test_datasets_loads_every_class_whatever_its_name(project, capsys):
     write_task(CLASSES, Task("bird", tuple(sorted(names))))
     write_bank(BANK, [Entry(name, name, Context("sky", "flying")) for name in sorted(names)])
     run(capsys, images_per_class=1, batch_size=10)
-    assert loaded()[1] == [columns(image) for image in read_manifest()]
+    assert load().remove_columns("image").to_list() == [columns(image) for image in read_manifest()]
 
 
 def test_no_images_need_no_model(project, capsys):
