@@ -207,10 +207,8 @@ def test_with_an_empty_synthetic_set_both_variants_are_the_same(
     write_jsonl(layout.GENERATED, [])
     classify.run(classify_params(epochs=1, seeds=[3]))
     files = tree(layout.CLASSIFY)
-    assert (
-        files["real_only/seed-3/model.safetensors"]
-        == files["real_and_synthetic/seed-3/model.safetensors"]
-    )
+    name = "seed-3/model.safetensors"
+    assert files[f"real_only/{name}"] == files[f"real_and_synthetic/{name}"]
     assert "no synthetic images: real_and_synthetic is real_only" in capfd.readouterr().out
 
 
