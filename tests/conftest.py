@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, no network, and a project folder to work in."""
 
 import os
+import re
 
 # Small networks gain nothing from a second thread, and with other processes beside them two
 # threads that wait for each other make the suite ten times slower. Before torch is imported.
@@ -36,6 +37,13 @@ def study_folder(workspace):
     (workspace / "bob").symlink_to(ROOT / "bob")
     plan._content.cache_clear()
     return workspace
+
+
+def documented(page, using):
+    """The one block of Python in `docs/<page>` that has `using` in it."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S)
+    (block,) = (block for block in blocks if using in block)
+    return block
 
 
 def told_of(path, content, old, new):

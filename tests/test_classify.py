@@ -5,23 +5,24 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bob.cache.lists import read_items
 from bob.errors import BobError
 from bob.formats import layout
-from bob.formats.files import write_jsonl
+from bob.formats.files import read_json, write_jsonl
 from bob.formats.manifest import Generated, read_manifest, write_manifest
-from bob.formats.photos import read_photos, read_task, write_photos
+from bob.formats.photos import Task, read_photos, read_task, write_photos
 from bob.models import classifiers, training
 from bob.models.backbones import load_timm, open_backbone
 from bob.models.classifiers import load_classifier, read_trained
-from bob.models.preprocessing import Preprocessing
+from bob.models.preprocessing import Preprocessing, read_inputs
 from bob.models.training import (
     Recipe,
     Validation,
@@ -31,12 +32,16 @@ from bob.models.training import (
     weighted_loss,
 )
 from bob.stages import classify
+from tests.conftest import documented
 from tests.tiny_project import (
+    CLASSES,
     RECIPE,
     add_generated,
     classify_params,
+    draw,
     forget_items,
     make_project,
+    save_classifier,
     tree,
 )
 
@@ -152,7 +157,7 @@ def test_the_same_inputs_give_the_same_bytes_and_no_path_of_this_machine(
     classify.run(classify_params())
     assert tree(layout.CLASSIFY) == first
     assert not [name for name, content in first.items() if str(project).encode() in content]
-    assert {"classifier.json", "real_only/seed-0.safetensors"} < set(first)
+    assert {"classifier.json", "real_only/seed-0/model.safetensors"} < set(first)
     last_line = capfd.readouterr().out.splitlines()[-1]
     assert last_line.startswith("classify: top-1 on validation, 2 seeds: real_only ")
 
@@ -167,7 +172,8 @@ def test_real_only_is_bit_identical_whatever_the_synthetic_set(project: Path) ->
     one, other = trained_on(2, 900), trained_on(5, 2000)
     for name in one:
         same = one[name] == other[name]
-        assert same == ("real_only" in name) or name.endswith("val_top1.tsv"), name
+        either = name.endswith(("val_top1.tsv", "config.json"))
+        assert same == ("real_only" in name) or either, name
 
 
 def test_a_classifier_is_rebuilt_without_its_backbone_and_performs_as_recorded(
@@ -181,7 +187,7 @@ def test_a_classifier_is_rebuilt_without_its_backbone_and_performs_as_recorded(
     validation = Validation.read(photos, trained.preprocessing)
     for variant in classifiers.VARIANTS:
         for seed in trained.seeds:
-            model = load_classifier(trained, variant, seed)
+            model = load_classifier(variant, seed)
             top1, loss = validation.measure(model, torch.device("cpu"))
             assert top1 == trained.validation[variant][str(seed)]["top1"]
             assert loss == pytest.approx(trained.validation[variant][str(seed)]["loss"], rel=1e-5)
@@ -201,7 +207,8 @@ def test_with_an_empty_synthetic_set_both_variants_are_the_same(
     write_jsonl(layout.GENERATED, [])
     classify.run(classify_params(epochs=1, seeds=[3]))
     files = tree(layout.CLASSIFY)
-    assert files["real_only/seed-3.safetensors"] == files["real_and_synthetic/seed-3.safetensors"]
+    name = "seed-3/model.safetensors"
+    assert files[f"real_only/{name}"] == files[f"real_and_synthetic/{name}"]
     assert "no synthetic images: real_and_synthetic is real_only" in capfd.readouterr().out
 
 
@@ -227,7 +234,7 @@ def test_the_best_seed_has_the_best_top1_then_the_lower_loss_then_comes_first(
         preprocessing = Preprocessing((8, 8), (0.5,), (0.5,), "bicubic", 1.0, "center")
         seeds = tuple(range(len(results)))
         return classifiers.Trained(
-            "shape", ("a", "b"), {}, preprocessing, seeds, {"real_only": validation}
+            "shape", ("a", "b"), preprocessing, seeds, {"real_only": validation}
         ).best_seed("real_only")
 
     assert best((50.0, 0.1), (60.0, 0.9)) == 1
@@ -272,7 +279,7 @@ def test_automatic_precision_is_fp32_on_the_cpu_and_bf16_can_be_asked_for(projec
     def weights(precision: str) -> bytes:
         forget_items()
         classify.run(classify_params(precision=precision, epochs=1, seeds=[0]))
-        return (layout.CLASSIFY / "real_only/seed-0.safetensors").read_bytes()
+        return (layout.CLASSIFY / "real_only/seed-0/model.safetensors").read_bytes()
 
     assert weights("fp32") != weights("bf16")
     if not torch.cuda.is_available():
@@ -282,8 +289,7 @@ def test_automatic_precision_is_fp32_on_the_cpu_and_bf16_can_be_asked_for(projec
 def test_a_backbone_keeps_its_batch_statistics_in_training(project: Path) -> None:
     before = timm.create_model("local-dir:models/tiny", pretrained=True).state_dict()
     classify.run(classify_params(epochs=2, seeds=[0]))
-    trained = read_trained()
-    after = load_classifier(trained, "real_and_synthetic", 0).state_dict()
+    after = load_classifier("real_and_synthetic", 0).state_dict()
     for name in before:
         if "running" in name:
             assert torch.equal(before[name], after[name])
@@ -301,7 +307,7 @@ def test_a_vision_transformer_with_its_own_input_size_trains_and_is_rebuilt(proj
     classify.run(classify_params(backbone="models/vit", epochs=1, seeds=[0]))
     trained = read_trained()
     assert trained.preprocessing.size == (48, 48)
-    load_classifier(trained, "real_only", 0)
+    load_classifier("real_only", 0)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +326,7 @@ def test_networks_of_the_papers_kinds_learn_the_task(
     classify.run(classify_params(backbone="models/kind", epochs=20, seeds=[0], **given))
     trained = read_trained()
     assert (trained.validation["real_and_synthetic"]["0"]["top1"] or 0) > 80  # chance is 33
-    load_classifier(trained, "real_and_synthetic", 0)
+    load_classifier("real_and_synthetic", 0)
 
 
 def test_layer_decay_holds_back_the_layers_far_from_the_head(project: Path) -> None:
@@ -328,7 +334,7 @@ def test_layer_decay_holds_back_the_layers_far_from_the_head(project: Path) -> N
 
     def change(layer_decay: float) -> float:
         classify.run(classify_params(layer_decay=layer_decay, epochs=2, seeds=[0]))
-        model = load_classifier(read_trained(), "real_only", 0)
+        model = load_classifier("real_only", 0)
         return float((model.state_dict()["conv_stem.weight"] - before["conv_stem.weight"]).norm())
 
     assert 0 < change(0.1) < 1e-3 * change(1)
@@ -345,11 +351,67 @@ def test_a_classifier_does_not_depend_on_those_trained_before_it(project: Path) 
     )
     settings = {"backbone": "models/vit", "epochs": 1}
     classify.run(classify_params(**settings, seeds=[0, 1]))
-    name = "real_only/seed-1.safetensors"
+    name = "real_only/seed-1/model.safetensors"
     third = tree(layout.CLASSIFY)[name]
     forget_items()
     classify.run(classify_params(**settings, seeds=[1]))
     assert tree(layout.CLASSIFY)[name] == third
+
+
+# --- what stock libraries open -------------------------------------------------------------------
+
+
+def test_timm_and_transformers_open_a_classifier_as_the_page_says(project: Path) -> None:
+    classify.run(classify_params())
+    draw("Red Square", 5, (70, 50)).save("photo.jpg")
+    names: dict[str, Any] = {}
+    exec(documented("use.md", using="import timm"), names)
+    (inputs,) = read_inputs(["photo.jpg"], read_trained().preprocessing)
+    expected = load_classifier("real_and_synthetic", 0)(inputs)
+    assert torch.equal(names["logits"], expected)
+    assert names["name"] == CLASSES[expected.argmax()]
+    exec(documented("use.md", using="pipeline"), names)
+    scores = {row["label"]: row["score"] for row in names["scores"]}
+    assert scores == pytest.approx(
+        dict(zip(CLASSES, expected.softmax(1)[0].tolist(), strict=True)), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("architecture", timm.list_models("test_*"))
+@torch.no_grad()
+def test_timm_opens_a_classifier_of_every_kind_with_the_same_logits(
+    tmp_path: Path, architecture: str
+) -> None:
+    source = timm.create_model(architecture, num_classes=5)
+    timm.models.save_for_hf(source, tmp_path / "source", safe_serialization=True)
+    backbone = open_backbone(tmp_path / "source")
+    classifier = backbone.trainable(Task("shape", CLASSES), 0).eval()
+    folder = save_classifier(tmp_path / "classifier", backbone, classifier)
+    opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 3, *backbone.preprocessing.size)
+    assert torch.equal(opened(images), classifier(images))
+    assert opened.pretrained_cfg["label_names"] == list(CLASSES)
+    assert Preprocessing.of(opened) == backbone.preprocessing
+
+
+def test_a_head_loses_no_class_to_a_backbone_that_had_one_for_the_background(
+    project: Path,
+) -> None:
+    config = Path("models/tiny/config.json")
+    settings = read_json(config)
+    settings["pretrained_cfg"]["label_offset"] = 1
+    config.write_text(json.dumps(settings))
+    weights = load_file("models/tiny/model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        weights[name] = torch.cat([weights[name][:1], weights[name]])
+    save_file(weights, "models/tiny/model.safetensors")
+    backbone = open_backbone("models/tiny")
+    classifier = backbone.trainable(Task("shape", CLASSES), 0)
+    folder = save_classifier(project / "classifier", backbone, classifier)
+    opened = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert torch.equal(
+        opened.get_parameter("classifier.bias"), classifier.get_parameter("classifier.bias")
+    )
 
 
 # --- what was trained before ---------------------------------------------------------------------
@@ -406,7 +468,7 @@ def test_whatever_decides_a_classifier_has_it_trained_again(
 def test_the_list_of_items_names_every_file_of_weights(project: Path) -> None:
     classify.run(classify_params(epochs=1))
     listed = {item.file: item.oid for item in read_items(layout.CLASSIFY_ITEMS)}
-    files = {str(path): path for path in layout.CLASSIFY.glob("*/seed-*.safetensors")}
+    files = {str(path): path for path in layout.CLASSIFY.glob("*/seed-*/model.safetensors")}
     assert listed == {
         name: hashlib.md5(path.read_bytes()).hexdigest() for name, path in files.items()
     }
@@ -482,7 +544,7 @@ def test_a_generated_image_of_an_unknown_class_and_an_empty_training_set_are_ref
     project: Path,
 ) -> None:
     write_manifest(layout.GENERATED, [Generated("Grey Blob", None, "a photo", 0, "a.png")])
-    with pytest.raises(BobError, match=r"manifest\.jsonl has images of 'Grey Blob'"):
+    with pytest.raises(BobError, match=r"metadata\.jsonl has images of 'Grey Blob'"):
         classify.run(classify_params())
     write_jsonl(layout.TRAIN, [])
     with pytest.raises(BobError, match="lists no photo"):

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -11,7 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionModelWithProjection,
+)
 
 from bob.errors import BobError
 from bob.formats import layout
@@ -19,14 +26,23 @@ from bob.formats.files import read_json
 from bob.formats.params import Params
 from bob.formats.photos import Task, open_image, read_photos, read_task, write_task
 from bob.models import classifiers
-from bob.models.backbones import open_backbone
+from bob.models.backbones import load_network, open_backbone
 from bob.models.classifiers import load_classifier, read_trained
 from bob.models.clip import ImageTextScorer, add_lora
 from bob.models.preprocessing import read_inputs
 from bob.models.training import Validation, parameter_groups
 from bob.stages import benchmark, classify, evaluate, export
 from tests.builders import build_clip
-from tests.tiny_project import CLASSES, classify_params, forget_items, make_project, tree
+from tests.conftest import documented
+from tests.tiny_project import (
+    CLASSES,
+    classify_params,
+    draw,
+    forget_items,
+    make_project,
+    save_classifier,
+    tree,
+)
 
 FOLDER = Path("models/clip")
 TASK = Task("shape", CLASSES)
@@ -115,9 +131,6 @@ def test_folding_keeps_the_logits_and_leaves_the_trained_network_as_it_is(
         expected = network(images())
         classifier = backbone.classifier(network)
         torch.testing.assert_close(classifier(images()), expected, rtol=1e-4, atol=1e-5)
-        rebuilt = classifiers.build_network(json.loads(json.dumps(backbone.describe(classifier))))
-        rebuilt.load_state_dict(classifier.state_dict())
-        assert torch.equal(rebuilt(images()), classifier(images()))
     after = network.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not [name for name in classifier.state_dict() if "text" in name or "lora" in name]
@@ -178,7 +191,7 @@ def test_training_learns_the_task_and_the_other_stages_take_what_it_keeps(
     )
     for variant in classifiers.VARIANTS:
         recorded = trained.validation[variant]["0"]
-        model = load_classifier(trained, variant, 0)
+        model = load_classifier(variant, 0)
         top1, loss = validation.measure(model, torch.device("cpu"))
         assert top1 == recorded["top1"]
         assert top1 > 80  # chance is 33
@@ -200,9 +213,9 @@ def test_the_same_inputs_give_the_same_bytes_and_no_path_of_this_machine(project
     classify.run(classify_params(**LORA, epochs=2, seeds=[1]))
     second = tree(layout.CLASSIFY)
     for variant in classifiers.VARIANTS:
-        name = f"{variant}/seed-1.safetensors"
+        name = f"{variant}/seed-1/model.safetensors"
         assert first[name] == second[name]
-        assert first[name] != first[f"{variant}/seed-0.safetensors"]
+        assert first[name] != first[f"{variant}/seed-0/model.safetensors"]
     assert not [name for name, content in first.items() if str(project).encode() in content]
     assert not [name for name, content in first.items() if str(FOLDER).encode() in content]
 
@@ -211,10 +224,10 @@ def test_all_weights_can_be_trained_and_in_bf16(project: Path) -> None:
     before = load_file(FOLDER / "model.safetensors")
     settings = {**LORA, "lora_rank": 0, "learning_rate": 1e-3, "precision": "bf16"}
     classify.run(classify_params(**settings, epochs=2, seeds=[0]))
-    after = load_file(layout.CLASSIFY / "real_only/seed-0.safetensors")
+    after = load_file(layout.CLASSIFY / "real_only/seed-0/model.safetensors")
     name = "vision_model.embeddings.patch_embedding.weight"
-    assert after[f"tower.{name}"].dtype == torch.float32
-    assert not torch.equal(after[f"tower.{name}"], before[name])
+    assert after[name].dtype == torch.float32
+    assert not torch.equal(after[name], before[name])
 
 
 @pytest.mark.parametrize("what", ["class name", "descriptor", "lora_rank"])
@@ -240,6 +253,38 @@ def test_the_prompts_and_the_rank_decide_a_clip_and_the_prompts_no_timm_network(
         for path in (layout.TRAIN, layout.VAL, layout.GENERATED, layout.CLASSES):
             path.write_text(path.read_text().replace("Red Square", "Red Tile"))
     assert both(**changes) == ("(0 reused, 2 made)", "(2 reused, 0 made)")
+
+
+# --- what stock libraries open -------------------------------------------------------------------
+
+
+def test_transformers_opens_a_classifier_as_the_page_says(project: Path) -> None:
+    classify.run(classify_params(**LORA))
+    draw("Red Square", 5, (70, 50)).save("photo.jpg")
+    names: dict[str, Any] = {}
+    exec(documented("use.md", using="CLIPVisionModelWithProjection"), names)
+    (inputs,) = read_inputs(["photo.jpg"], read_trained().preprocessing)
+    expected = load_classifier("real_and_synthetic", 0)(inputs)
+    features = names["tower"](inputs).image_embeds
+    assert torch.equal(normalize(features, dim=-1) @ names["classes"].T, expected)
+    torch.testing.assert_close(names["logits"], expected, rtol=0, atol=0.1)  # of rounded pixels
+    assert names["name"] == CLASSES[expected.argmax()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_the_tower_has_full_precision_whatever_the_backbones_files_have(
+    project: Path, dtype: torch.dtype
+) -> None:
+    CLIPModel.from_pretrained(FOLDER).to(dtype).save_pretrained(FOLDER)
+    backbone = open_backbone(FOLDER)
+    classifier = backbone.classifier(trainable(4))
+    folder = save_classifier(project / "classifier", backbone, classifier)
+    tower = CLIPVisionModelWithProjection.from_pretrained(folder)
+    classes = load_file(folder / "model.safetensors")["classes.weight"]
+    logits = normalize(tower(images()).image_embeds, dim=-1) @ classes.T
+    assert torch.equal(logits, classifier(images()))
+    assert torch.equal(load_network(folder)(images()), logits)
 
 
 # --- what users get wrong -----------------------------------------------------------------------

@@ -14,14 +14,16 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from transformers import CLIPVisionConfig
 
 from bob.errors import BobError
 from bob.formats import layout
 from bob.formats.files import read_json
 from bob.formats.params import Params
 from bob.formats.photos import read_photos
-from bob.models.backbones import build_network, predict
+from bob.models.backbones import predict
 from bob.models.classifiers import Trained, load_classifier, read_trained
+from bob.models.clip import build_classifier
 from bob.models.preprocessing import Preprocessing, read_inputs
 from bob.stages import benchmark, classify, export
 from tests.tiny_project import CLASSES, classify_params, make_project, tree
@@ -57,7 +59,7 @@ def test_the_export_is_the_classifier_of_both_sources_that_is_best_on_validation
     project: Path,
 ) -> None:
     trained = read_trained()
-    model = load_classifier(trained, "real_and_synthetic", trained.best_seed("real_and_synthetic"))
+    model = load_classifier("real_and_synthetic", trained.best_seed("real_and_synthetic"))
     paths = [photo.path for photo in read_photos(layout.VAL)]
     inputs = torch.cat(list(read_inputs(paths, trained.preprocessing)))
     session = onnxruntime.InferenceSession(layout.ONNX, providers=["CPUExecutionProvider"])
@@ -153,8 +155,7 @@ def test_the_papers_networks_survive_the_export_at_their_size(
 ) -> None:
     torch.manual_seed(0)
     if network == "clip":
-        description = {"architecture": "clip", "vision_config": {"patch_size": 16}, "classes": 100}
-        model: Any = build_network(description)
+        model: Any = build_classifier(CLIPVisionConfig(patch_size=16, num_labels=100))
         with torch.no_grad():  # as long as CLIP's class vectors, whose scale is 100
             model.classes.weight.copy_(100 * torch.nn.functional.normalize(torch.randn(100, 512)))
     else:
@@ -162,7 +163,7 @@ def test_the_papers_networks_survive_the_export_at_their_size(
     names = tuple(f"class {number}" for number in range(100))
     preprocessing = Preprocessing((224, 224), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
     path = tmp_path / "classifier.onnx"
-    export.write_onnx(model, Trained("bird", names, {}, preprocessing, (0,), {}), path)
+    export.write_onnx(model, Trained("bird", names, preprocessing, (0,), {}), path)
     assert export.check_onnx(path, model, torch.randn(2, 3, 224, 224)) < 1e-4
     parameters = sum(weight.numel() for weight in model.parameters())
     assert round(parameters / 1e6, 1) == millions

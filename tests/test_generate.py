@@ -3,7 +3,9 @@
 import io
 import re
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +22,7 @@ from bob.models import diffusion
 from bob.models.sampling import ImageMaker, png
 from bob.stages import generate
 from tests.builders import build_text_to_image
+from tests.conftest import documented
 from tests.tiny_project import tree
 
 SETTINGS = {
@@ -153,6 +156,50 @@ def test_the_list_of_items_names_every_image_and_the_manifest_no_key(project, ca
         str(GENERATE / image.file) for image in read_manifest()
     ]
     assert not any(item.recipe in GENERATED.read_text() for item in listed)
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Loads the generated set as docs/use.md says."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+    def load():
+        names: dict[str, Any] = {}
+        exec(documented("use.md", using="load_dataset"), names)
+        return names["images"]
+
+    return load
+
+
+def columns(image):
+    context = image.context
+    return {
+        "class": image.class_name,
+        "background": context.background if context else None,
+        "pose": context.pose if context else None,
+        "prompt": image.prompt,
+        "seed": image.seed,
+    }
+
+
+@pytest.mark.parametrize("context", ["bank", "none"])
+def test_datasets_loads_the_set_with_what_was_asked_for_as_columns(project, capsys, load, context):
+    run(capsys, context=context)
+    images, planned = load(), read_manifest()
+    assert images.remove_columns("image").to_list() == [columns(image) for image in planned]
+    for row, image in zip(images, planned, strict=True):
+        assert row["image"].tobytes() == Image.open(GENERATE / image.file).tobytes()
+
+
+def test_datasets_loads_every_class_whatever_its_name(project, capsys, load):
+    """Also one that is the name of a split, or means something in a path."""
+    names = {word for words in datasets.data_files.SPLIT_KEYWORDS.values() for word in words}
+    names |= {"a val", "Test", "test-eval", "in 5test"}
+    names |= {"a::b", "$HOME", "a\\b", "F/A-18", ".x", "[a]*"}
+    write_task(CLASSES, Task("bird", tuple(sorted(names))))
+    write_bank(BANK, [Entry(name, name, Context("sky", "flying")) for name in sorted(names)])
+    run(capsys, images_per_class=1, batch_size=10)
+    assert load().remove_columns("image").to_list() == [columns(image) for image in read_manifest()]
 
 
 def test_no_images_need_no_model(project, capsys):

@@ -285,7 +285,7 @@ def test_a_long_tail_is_balanced_by_generated_images_and_reported_by_frequency(p
             Counter(json.loads(line)[key] for line in (project / file).read_text().splitlines())
             for file, key in (
                 ("results/split/train.jsonl", "class_name"),
-                ("results/generate/manifest.jsonl", "class"),
+                ("results/generate/metadata.jsonl", "class"),
             )
         )
         assert sorted(real.values()) == [1, 2]

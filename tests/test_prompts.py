@@ -137,12 +137,12 @@ def test_a_class_name_that_no_folder_can_have_gets_a_folder_of_its_own():
 
 def test_no_images_need_no_contexts(tmp_path):
     assert plan(TASK, [], source="bank", images_per_class=0, seed=0) == []
-    write_manifest(tmp_path / "manifest.jsonl", [])
-    assert read_manifest(tmp_path / "manifest.jsonl") == []
+    write_manifest(tmp_path / "metadata.jsonl", [])
+    assert read_manifest(tmp_path / "metadata.jsonl") == []
 
 
 def test_the_manifest_reads_back_as_written(tmp_path):
     images = plan(TASK, BANK, source="bank", images_per_class=5, seed=0)
     images += plan(TASK, BANK, source="none", images_per_class=1, seed=0)
-    write_manifest(tmp_path / "manifest.jsonl", images)
-    assert read_manifest(tmp_path / "manifest.jsonl") == images
+    write_manifest(tmp_path / "metadata.jsonl", images)
+    assert read_manifest(tmp_path / "metadata.jsonl") == images

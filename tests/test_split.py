@@ -186,6 +186,7 @@ def test_a_mistake_in_the_names_is_told(workspace, classes, message):
 
 def test_every_class_has_a_folder_of_its_own_that_spells_it_where_a_folder_can():
     names = ["Anna Hummingbird", "Anna_Hummingbird", "F/A-18", "F%2FA-18", "F A-18", "..", "."]
+    names += ["train", "trai%6E", "a:b", "a%3Ab"]
     folders = [folder_of(name) for name in names]
     assert len(set(folders)) == len(names)
     assert not any("/" in folder or folder.startswith(".") for folder in folders)

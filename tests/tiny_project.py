@@ -10,11 +10,15 @@ import timm
 import torch
 from dvc.repo import Repo
 from PIL import Image
+from torch import nn
 
 from bob.formats import layout
+from bob.formats.files import write_json
 from bob.formats.manifest import Generated, write_manifest
 from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, write_photos, write_task
+from bob.models.backbones import Backbone
+from bob.models.classifiers import weights_file
 
 CLASSES = ("Blue Disc", "Green Bar", "Red Square")
 RECIPE: dict[str, Any] = {
@@ -100,6 +104,16 @@ def make_project(
         write_photos(root / path, add_photos(root, split, count, seed))
     add_generated(root, generated)
     return root
+
+
+def save_classifier(folder: Path, backbone: Backbone, classifier: nn.Module) -> Path:
+    """Write a classifier of `CLASSES` as the stage `classify` leaves it."""
+    folder.mkdir()
+    for name, content in backbone.files(classifier, CLASSES).items():
+        write_json(folder / name, content)
+    weights = weights_file(classifier.state_dict(), backbone.architecture, {})
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
 
 
 def classify_params(**changes: Any) -> Params:

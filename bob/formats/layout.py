@@ -21,7 +21,7 @@ FINETUNE = Path("results/finetune")
 LORA = FINETUNE / "lora"
 
 GENERATE = Path("results/generate")
-GENERATED = GENERATE / "manifest.jsonl"
+GENERATED = GENERATE / "metadata.jsonl"  # the name that `datasets` looks for
 
 # Which items of the item cache the stages used. Nothing depends on these: they name
 # who really made an item, which may change where the item itself comes out the same.

@@ -1,4 +1,8 @@
-"""The manifest of the generated set: what was asked for, image by image."""
+"""The manifest of the generated set: what was asked for, image by image.
+
+It is the `metadata.jsonl` of an image folder as Hugging Face `datasets` loads it: `file_name` is
+the image, each other key a column.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,7 +39,7 @@ def write_manifest(path: Path, images: Iterable[Generated]) -> None:
                 "pose": image.context.pose if image.context else None,
                 "prompt": image.prompt,
                 "seed": image.seed,
-                "file": image.file,
+                "file_name": image.file,
             }
             for image in images
         ),
@@ -51,7 +55,7 @@ def read_manifest(path: Path = GENERATED) -> list[Generated]:
                 None if row["background"] is None else Context(row["background"], row["pose"]),
                 row["prompt"],
                 row["seed"],
-                row["file"],
+                row["file_name"],
             )
             for row in read_jsonl(path)
         ]
@@ -69,4 +73,4 @@ def check_files(path: Path) -> None:
     )
     if listed != there:
         wrong = set(listed) ^ set(there) or {one for one, two in pairwise(listed) if one == two}
-        raise BobError(f"manifest and files of the generated set differ: {min(wrong)}")
+        raise BobError(f"{path.name} and the images of the generated set differ: {min(wrong)}")

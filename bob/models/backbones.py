@@ -3,7 +3,7 @@
 A backbone is a folder as timm writes it, or as transformers writes a CLIP (bob/models/clip.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,10 @@ class Backbone(Protocol):
     """The same of libraries."""
 
     @property
+    def architecture(self) -> str:
+        """A name for the kind of network."""
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """What the network was trained with."""
 
@@ -46,8 +50,12 @@ class Backbone(Protocol):
     def classifier(self, trained: nn.Module) -> nn.Module:
         """The classifier that a trainable network has become, with the same logits."""
 
-    def describe(self, classifier: nn.Module) -> dict[str, Any]:
-        """What `build_network` needs to make a classifier again without the folder, as JSON."""
+    def files(self, classifier: nn.Module, classes: Sequence[str]) -> dict[str, Any]:
+        """The JSON files that make a folder of a classifier's `model.safetensors`, by name.
+
+        Its library and `load_network` open such a folder, without the backbone's. `classes` are
+        the names in the order of the logits.
+        """
 
     def decided_by(self, task: Task) -> dict[str, object]:
         """What of `task` decides a classifier's weights besides labels, as JSON."""
@@ -92,6 +100,11 @@ class TimmBackbone:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @property
+    def architecture(self) -> str:
+        """As timm names it."""
+        return read_json(self._folder / "config.json")["architecture"]
+
     @cached_property
     def preprocessing(self) -> Preprocessing:
         """As timm resolves it from the folder's config."""
@@ -114,21 +127,28 @@ class TimmBackbone:
         """The trained network itself."""
         return trained
 
-    def describe(self, classifier: nn.Module) -> dict[str, Any]:
-        """Architecture, arguments and data config, in timm's terms."""
+    def files(self, classifier: nn.Module, classes: Sequence[str]) -> dict[str, Any]:
+        """timm's `config.json`, which transformers reads as well."""
         forgotten = (
             *("architecture", "file", "source", "hf_hub_id", "url", "state_dict"),  # where it was
-            *("label_names", "label_descriptions"),  # of a head that is gone
+            *("label_names", "label_descriptions", "label_offset"),  # of a head that is gone
+            *("num_classes", "custom_load"),
         )
         config: dict[str, Any] = classifier.pretrained_cfg  # type: ignore[assignment]
+        arguments = get_model_args(classifier)
+        del arguments["num_classes"]  # transformers gives it beside these, and must not twice
         return {
-            "architecture": config["architecture"],
-            "model_args": get_model_args(classifier),
-            "pretrained_cfg": {
-                key: value
-                for key, value in config.items()
-                if value is not None and key not in forgotten
-            },
+            "config.json": {
+                "architecture": config["architecture"],
+                "num_classes": len(classes),
+                "label_names": list(classes),
+                "model_args": arguments,
+                "pretrained_cfg": {
+                    key: value
+                    for key, value in config.items()
+                    if value is not None and key not in forgotten
+                },
+            }
         }
 
     def decided_by(self, task: Task) -> dict[str, object]:
@@ -159,18 +179,13 @@ def load_timm(folder: Path, num_classes: int) -> nn.Module:
     return model
 
 
-def build_network(description: dict[str, Any]) -> nn.Module:
-    """A classifier with random weights from what a backbone's `describe` gave."""
-    if description["architecture"] == "clip":  # timm has none of this name
-        from bob.models.clip import build_classifier  # late: transformers takes seconds
+def load_network(folder: Path) -> nn.Module:
+    """The classifier in a folder as `Backbone.files` says; raises one of LOADING_ERRORS."""
+    if read_json(folder / "config.json").get("model_type") == "clip_vision_model":
+        from bob.models.clip import load_classifier  # late: transformers takes seconds
 
-        return build_classifier(description)
-    return timm.create_model(
-        description["architecture"],
-        pretrained=False,
-        pretrained_cfg=dict(description["pretrained_cfg"]),
-        **description["model_args"],
-    )
+        return load_classifier(folder)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
 @torch.inference_mode()

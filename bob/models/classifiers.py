@@ -1,7 +1,7 @@
-"""Trained classifiers on disk: what rebuilds the network, and the weights beside it.
+"""Trained classifiers on disk: each a folder that its own library opens, timm or transformers.
 
-A trained classifier needs its backbone's folder no more, nor a text side: it takes pixels to
-logits.
+It takes pixels to logits without its backbone's folder, and without a text side. What the
+classifiers of a run share stands in `classifier.json`.
 """
 
 import json
@@ -9,14 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from bob.errors import BobError
 from bob.formats.files import read_json, write_json
 from bob.formats.layout import CLASSIFY
-from bob.models.backbones import build_network
+from bob.models.backbones import load_network
+from bob.models.loading import LOADING_ERRORS, reason_of
 from bob.models.preprocessing import Preprocessing
 
 REAL_ONLY = "real_only"
@@ -31,7 +32,6 @@ class Trained:
     descriptor: str
     classes: tuple[str, ...]
     """In the order of the logits."""
-    network: dict[str, Any]
     preprocessing: Preprocessing
     seeds: tuple[int, ...]
     validation: dict[str, dict[str, dict[str, float | int | None]]]
@@ -74,17 +74,20 @@ def read_trained(folder: Path = CLASSIFY) -> Trained:
         ) from None
 
 
+def classifier_folder(folder: Path, variant: str, seed: int) -> Path:
+    """Where one classifier lies among those of a run."""
+    return folder / variant / f"seed-{seed}"
+
+
 def weights_path(folder: Path, variant: str, seed: int) -> Path:
     """Where the weights of one classifier lie."""
-    return folder / variant / f"seed-{seed}.safetensors"
+    return classifier_folder(folder, variant, seed) / "model.safetensors"
 
 
-def weights_file(
-    weights: dict[str, Tensor], description: dict[str, Any], history: dict[str, Any]
-) -> bytes:
-    """One classifier's file: its weights and, as JSON, how its training went."""
+def weights_file(weights: dict[str, Tensor], architecture: str, history: dict[str, Any]) -> bytes:
+    """One classifier's `model.safetensors`: its weights and, as JSON, how its training went."""
     # One metadata key at most: safetensors writes several in an order that changes by process.
-    about = {"architecture": description["architecture"], "history": history}
+    about = {"architecture": architecture, "history": history}
     metadata = {"bob": json.dumps(about, sort_keys=True)}
     return save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata)
 
@@ -95,20 +98,15 @@ def read_history(path: Path) -> dict[str, Any]:
         return json.loads(file.metadata()["bob"])["history"]
 
 
-def load_classifier(
-    trained: Trained, variant: str, seed: int, folder: Path = CLASSIFY
-) -> nn.Module:
+def load_classifier(variant: str, seed: int, folder: Path = CLASSIFY) -> nn.Module:
     """One trained classifier in evaluation mode, on the CPU.
 
-    Raises BobError naming a weights file that is missing or does not fit.
+    Raises BobError naming its folder where a file is missing or does not fit.
     """
-    path = weights_path(folder, variant, seed)
-    model = build_network(trained.network)
+    path = classifier_folder(folder, variant, seed)
     try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return load_network(path).eval()
+    except LOADING_ERRORS as error:
         raise BobError(
-            f"{path} cannot be loaded ({reason}); `dvc repro classify` makes it anew"
+            f"{path} cannot be loaded ({reason_of(error)}); `dvc repro classify` makes it anew"
         ) from None
-    return model.eval()

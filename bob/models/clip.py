@@ -6,6 +6,7 @@ the rows of a matrix, and nothing of the text tower is left to be kept or export
 """
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, LoraModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
@@ -42,6 +44,7 @@ class ClipBackbone:
     Both towers and the scale are trained, or a LoRA on the attention of both towers.
     """
 
+    architecture = "clip"
     modules: tuple[str, ...] = ("models.clip",)
     libraries: tuple[str, ...] = ("peft", "tokenizers", "transformers")
 
@@ -55,10 +58,7 @@ class ClipBackbone:
         Raises BobError where it does anything but resize the shorter side, crop the centre and
         normalise.
         """
-        try:
-            processor = CLIPImageProcessor.from_pretrained(self._folder, local_files_only=True)
-        except LOADING_ERRORS as error:
-            raise self._unloadable(reason_of(error)) from None
+        processor = self._processor
         side, crop = processor.size.shortest_edge, processor.crop_size
         steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
         if not (side and crop and all(getattr(processor, step) for step in steps)):
@@ -74,6 +74,13 @@ class ClipBackbone:
             crop_pct=crop.height / side,
             crop_mode="center",
         )
+
+    @cached_property
+    def _processor(self) -> CLIPImageProcessor:
+        try:
+            return CLIPImageProcessor.from_pretrained(self._folder, local_files_only=True)
+        except LOADING_ERRORS as error:
+            raise self._unloadable(reason_of(error)) from None
 
     def features(self) -> nn.Module:
         """The image tower: inputs to projected image features, which texts are compared with."""
@@ -94,17 +101,21 @@ class ClipBackbone:
         assert isinstance(trained, ImageTextScorer)
         return trained.folded()
 
-    def describe(self, classifier: nn.Module) -> dict[str, Any]:
-        """The image tower's config and the number of classes."""
+    def files(self, classifier: nn.Module, classes: Sequence[str]) -> dict[str, Any]:
+        """`config.json` of a CLIPVisionModelWithProjection, and the image processor's."""
         assert isinstance(classifier, ClipClassifier)
-        config = classifier.tower.vision_model.config.to_diff_dict()
+        config = classifier.vision_model.config.to_diff_dict()
         del config["transformers_version"]  # of what wrote it
-        # The folder's own counts for nothing: transformers goes by the whole CLIP's.
-        config["projection_dim"] = classifier.classes.in_features
         return {
-            "architecture": "clip",
-            "vision_config": config,
-            "classes": classifier.classes.out_features,
+            "config.json": {
+                **config,
+                "architectures": ["CLIPVisionModelWithProjection"],
+                # The folder's own counts for nothing: transformers goes by the whole CLIP's.
+                "projection_dim": classifier.classes.in_features,
+                "id2label": {str(label): name for label, name in enumerate(classes)},
+                "label2id": {name: label for label, name in enumerate(classes)},
+            },
+            "preprocessor_config.json": self._processor.to_dict(),
         }
 
     def decided_by(self, task: Task) -> dict[str, object]:
@@ -218,7 +229,7 @@ class ImageTextScorer(nn.Module):
         matrix = class_matrix(clip, self.tokens)
         classes = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
         classes.weight = nn.Parameter(matrix)
-        return ClipClassifier(ImageTower(clip.vision_model, clip.visual_projection), classes)
+        return ClipClassifier(clip.vision_model, clip.visual_projection, classes)
 
 
 def class_matrix(clip: CLIPModel | LoraModel, tokens: Tensor) -> Tensor:
@@ -235,34 +246,45 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 class ImageTower(nn.Module):
-    """CLIP's image tower: inputs [N, 3, H, W] to projected features [N, D], not normalised."""
+    """CLIP's image tower: inputs [N, 3, H, W] to projected features [N, D], not normalised.
 
-    def __init__(self, vision_model: CLIPVisionModel, projection: nn.Linear) -> None:
+    Its weights are named as those of transformers' CLIPVisionModelWithProjection.
+    """
+
+    def __init__(self, vision_model: CLIPVisionModel, visual_projection: nn.Linear) -> None:
         super().__init__()
-        self.vision_model, self.projection = vision_model, projection
+        self.vision_model, self.visual_projection = vision_model, visual_projection
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of the images."""
-        return self.projection(self.vision_model(pixel_values=images).pooler_output)
+        return self.visual_projection(self.vision_model(pixel_values=images).pooler_output)
 
 
-class ClipClassifier(nn.Module):
+class ClipClassifier(ImageTower):
     """An image tower whose normalised features meet a row for each class."""
 
-    def __init__(self, tower: ImageTower, classes: nn.Linear) -> None:
-        super().__init__()
-        self.tower, self.classes = tower, classes
+    def __init__(
+        self, vision_model: CLIPVisionModel, visual_projection: nn.Linear, classes: nn.Linear
+    ) -> None:
+        super().__init__(vision_model, visual_projection)
+        self.classes = classes
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of inputs [N, 3, H, W]."""
-        return self.classes(F.normalize(self.tower(images), dim=-1))
+        return self.classes(F.normalize(super().forward(images), dim=-1))
 
 
-def build_classifier(description: dict[str, Any]) -> ClipClassifier:
-    """A classifier with random weights from what `ClipBackbone.describe` gave."""
-    config = CLIPVisionConfig(**description["vision_config"])
-    projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+def build_classifier(config: CLIPVisionConfig) -> ClipClassifier:
+    """A classifier with random weights, of as many classes as the config has labels."""
     return ClipClassifier(
-        ImageTower(CLIPVisionModel(config), projection),
-        nn.Linear(config.projection_dim, description["classes"], bias=False),
+        CLIPVisionModel(config),
+        nn.Linear(config.hidden_size, config.projection_dim, bias=False),
+        nn.Linear(config.projection_dim, config.num_labels, bias=False),
     )
+
+
+def load_classifier(folder: Path) -> ClipClassifier:
+    """The classifier in a folder as `ClipBackbone.files` says; raises one of LOADING_ERRORS."""
+    classifier = build_classifier(CLIPVisionConfig.from_pretrained(folder, local_files_only=True))
+    classifier.load_state_dict(load_file(folder / "model.safetensors"))
+    return classifier

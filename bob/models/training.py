@@ -128,9 +128,13 @@ class Trainer:
         return settings
 
     @cached_property
-    def description(self) -> dict[str, Any]:
-        """What rebuilds the classifiers' network; raises BobError where the backbone is unfit."""
-        return self._backbone.describe(self._backbone.classifier(self._trainable()))
+    def files(self) -> dict[str, Any]:
+        """What lies beside every classifier's weights, as `Backbone.files` gives it.
+
+        Raises BobError where the backbone is unfit.
+        """
+        classifier = self._backbone.classifier(self._trainable())
+        return self._backbone.files(classifier, self._task.classes)
 
     def _trainable(self) -> nn.Module:
         return self._backbone.trainable(self._task, self._recipe.lora_rank)
@@ -154,7 +158,6 @@ class Trainer:
 
     def make(self, with_synthetic: bool, seed: int, title: str) -> bytes:
         """Train one classifier and return its file; `title` is for the progress bar."""
-        description = self.description
         real, validation = self._real_images, self._validation_images
         synthetic = self._synthetic_images if with_synthetic and self._synthetic else None
         # For a head or a LoRA, and dropout; after what only the first classifier has to read.
@@ -170,7 +173,9 @@ class Trainer:
             self._device,
             title,
         )
-        return weights_file(weights, description, {"result": result, "curves": curves})
+        return weights_file(
+            weights, self._backbone.architecture, {"result": result, "curves": curves}
+        )
 
 
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:

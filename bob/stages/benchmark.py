@@ -134,7 +134,7 @@ def torch_runner(trained: Trained) -> tuple[Run, torch.device]:
     device = best_device()
     torch.backends.cudnn.allow_tf32 = False  # as ONNX Runtime's session is set up
     seed = trained.best_seed(REAL_AND_SYNTHETIC)
-    model = load_classifier(trained, REAL_AND_SYNTHETIC, seed)
+    model = load_classifier(REAL_AND_SYNTHETIC, seed)
     model.to(device).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ from bob.cache.lists import Item, write_items
 from bob.cache.recipe import item_key, maker_of
 from bob.errors import BobError
 from bob.formats import layout
-from bob.formats.files import replacing, sha256
+from bob.formats.files import replacing, sha256, write_json
 from bob.formats.manifest import read_manifest
 from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, read_photos, read_task
@@ -35,6 +35,7 @@ from bob.models.classifiers import (
     REAL_ONLY,
     VARIANTS,
     Trained,
+    classifier_folder,
     read_history,
     weights_path,
     write_trained,
@@ -67,7 +68,7 @@ def run(params: Params) -> None:
         synthetic=synthetic,
         validation=validation,
     )
-    network = trainer.description  # a backbone that is unfit shows before anything is trained
+    files = trainer.files  # a backbone that is unfit shows before anything is trained
     planned = [(variant, seed) for seed in settings.seeds for variant in VARIANTS]
 
     with ItemCache("classify") as cache:
@@ -81,6 +82,9 @@ def run(params: Params) -> None:
             cache.place(
                 [rows[one].oid for one in planned], [weights_path(folder, *one) for one in planned]
             )
+            for one in planned:
+                for name, content in files.items():
+                    write_json(classifier_folder(folder, *one) / name, content)
             histories = {one: read_history(weights_path(folder, *one)) for one in planned}
             curves = Curves(folder / "curves")
             for (variant, seed), history in histories.items():
@@ -89,7 +93,6 @@ def run(params: Params) -> None:
             trained = Trained(
                 descriptor=task.descriptor,
                 classes=task.classes,
-                network=network,
                 preprocessing=backbone.preprocessing,
                 seeds=tuple(settings.seeds),
                 validation={

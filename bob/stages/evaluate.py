@@ -51,7 +51,7 @@ def classify_photos(trained: Trained, photos: Sequence[Photo]) -> Predictions:
     """What every classifier of `trained` says of every photo."""
     device = best_device()
     models = {
-        (variant, seed): load_classifier(trained, variant, seed)
+        (variant, seed): load_classifier(variant, seed)
         for variant in VARIANTS
         for seed in trained.seeds
     }

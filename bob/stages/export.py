@@ -37,7 +37,7 @@ def run(params: Params) -> None:
     """Write `results/export/classifier.onnx`, checked against the torch model on shots."""
     trained = read_trained()
     seed = trained.best_seed(REAL_AND_SYNTHETIC)
-    model = load_classifier(trained, REAL_AND_SYNTHETIC, seed)
+    model = load_classifier(REAL_AND_SYNTHETIC, seed)
     photos = read_photos(layout.TRAIN)
     # Spread over the list, which is sorted by class.
     chosen = [photo.path for photo in photos[:: max(1, len(photos) // CHECKED_PHOTOS)]]

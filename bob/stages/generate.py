@@ -22,7 +22,7 @@ from bob.models import sampling
 
 
 def run(params: Params) -> None:
-    """Write `results/generate`: images/<class>/NNNN.png and the manifest.
+    """Write `results/generate`: images/<class>/NNNN.png and metadata.jsonl.
 
     Images that this repository has made before come from the item cache.
     """

@@ -254,9 +254,10 @@ def _clip(folder: Path, task: Task | None, lora_rank: int) -> Built:
     def make() -> tuple[nn.Module, nn.Module]:
         config = CLIPConfig.from_pretrained(folder, local_files_only=True)
         network = CLIPModel(config)
-        tower = clip.ImageTower(network.vision_model, network.visual_projection)
+        tower = network.vision_model, network.visual_projection
         if task is None:
-            return tower, tower
+            features = clip.ImageTower(*tower)
+            return features, features
         with torch.device("cpu"):
             tokens = clip.ClipBackbone(folder).tokenize(clip.prompts(task), config.text_config)
         classes = nn.Linear(config.projection_dim, len(task.classes), bias=False)
@@ -264,7 +265,7 @@ def _clip(folder: Path, task: Task | None, lora_rank: int) -> Built:
         scorer = clip.ImageTextScorer(
             clip.add_lora(trained, lora_rank) if lora_rank else trained, tokens.to(META)
         )
-        return scorer, clip.ClipClassifier(tower, classes)
+        return scorer, clip.ClipClassifier(*tower, classes)
 
     from bob.models import clip  # late, as where it is used
 
