@@ -1,4 +1,4 @@
-"""Training a LoRA on the noise-prediction loss: latents and token ids in, weights changed."""
+"""Training on the noise-prediction loss: images to latents; latents and token ids to weights."""
 
 import math
 import warnings
@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_cosine_schedule_with_warmup
+from PIL import Image
 from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
 from bob.errors import BobError
+from bob.models import diffusion
 from bob.models.device import autocast
 
 if TYPE_CHECKING:
@@ -20,6 +22,24 @@ if TYPE_CHECKING:
 
 # The published recipe's; the learning rate, epochs and batch size are parameters.
 BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-2, 1.0
+
+
+@torch.no_grad()
+def encode_images(
+    pipeline: StableDiffusionPipeline, images: Sequence[Image.Image]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the images' scaled latents, each (n, channels, h, w) fp32.
+
+    Images are resized and centre-cropped to the model's resolution. An autoencoder without a
+    posterior (AutoencoderTiny) has standard deviation zero.
+    """
+    side = diffusion.resolution(pipeline)
+    pixels = pipeline.image_processor.preprocess(list(images), side, side, resize_mode="crop")
+    encoded = pipeline.vae.encode(pixels.to(pipeline.device))
+    scale = pipeline.vae.config.scaling_factor
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean * scale, encoded.latent_dist.std * scale
+    return encoded.latents * scale, torch.zeros_like(encoded.latents)
 
 
 def train(

@@ -191,9 +191,18 @@ def cluster_phrases(phrases: Sequence[str], photos: int, pipeline: Any) -> dict[
     k = max(1, round(photos**0.5))
     if len(phrases) <= k:
         return {phrase: index for index, phrase in enumerate(phrases)}
-    features = diffusion.text_features(pipeline, phrases).cpu().numpy()
+    features = text_features(pipeline, phrases).cpu().numpy()
     labels = KMeans(k, n_init=10, random_state=0).fit_predict(features)
     return {phrase: int(label) for phrase, label in zip(phrases, labels, strict=True)}
+
+
+@torch.no_grad()
+def text_features(pipeline: Any, texts: Sequence[str]) -> torch.Tensor:
+    """Pooled, normalised features of the text encoder, (n, width) fp32."""
+    features = [
+        pipeline.text_encoder(diffusion.tokenize(pipeline, [text])).pooler_output for text in texts
+    ]
+    return torch.nn.functional.normalize(torch.cat(features).float(), dim=-1)
 
 
 @torch.inference_mode()
