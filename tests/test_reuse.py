@@ -11,7 +11,7 @@ import pytest
 from bench import kills, reuse
 from bench.project import batches_made, clear_log
 from bob.cli import STAGES
-from tests.dvc_project import dvc, make_project, ran, read_params, run
+from tests.dvc_project import dvc, make_project, ran, read_params, run, set_params
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +45,13 @@ BRIGHTER = (
     "bob/models/sampling.py",
     "latents = latents.float() / pipeline",
     "latents = 1.01 * latents.float() / pipeline",
+)
+# The same, of prompts without context alone; the empty one is that of guidance.
+BARE_OTHERWISE = (
+    "bob/models/sampling.py",
+    "        text: pipeline.encode_prompt(text, pipeline.device, 1, False)[0][0]\n",
+    "        text: pipeline.encode_prompt(text, pipeline.device, 1, False)[0][0]\n"
+    "        * (1.01 if text and ' background ' not in text else 1)\n",
 )
 ANSWERS = ("bob/models/vlm.py", "do_sample=False", "do_sample=bool(0)")
 
@@ -95,6 +102,29 @@ def test_of_code_that_changes_images_all_are_made_anew(project):
     module, *change = BRIGHTER
     made, output = made_after(project, module, tuple(change))
     assert made["generate"] == images(project)
+    assert "on trial came out otherwise (PSNR" in output
+
+
+def test_a_change_for_prompts_without_context_is_found_though_those_with_context_are_the_same(
+    project,
+):
+    """A trial of the ones must not speak for the others."""
+    for context in ("none", "bank"):
+        set_params(project, {"generate": {"context": context}})
+        dvc(project, "repro", "generate")
+    module, *change = BARE_OTHERWISE
+    original = edited(project, module, tuple(change))
+    try:
+        made = {}
+        for context in ("bank", "none"):
+            set_params(project, {"generate": {"context": context}})
+            clear_log(project)
+            output = dvc(project, "repro", "generate")
+            made[context] = sum(batches_made(project, "generate"))
+    finally:
+        (project / module).write_text(original)
+        set_params(project, {"generate": {"context": "bank"}})
+    assert made == {"bank": read_params(project)["generate"]["batch_size"], "none": images(project)}
     assert "on trial came out otherwise (PSNR" in output
 
 
