@@ -38,6 +38,7 @@ from tqdm import tqdm
 from bench.speed import build_sd15, reached, report, side, take_turns, write_photos
 from bob.models import denoising, diffusion
 from bob.models.device import best_device, resolve_precision
+from bob.models.lora import TEXT_LORA_TARGETS, UNET_LORA_TARGETS, add_lora
 
 BOUND = 1.5
 EPOCHS = 60  # of params.yaml; the paper's are 400
@@ -60,9 +61,9 @@ def stock(
     for model in (unet, vae, text_encoder):
         model.requires_grad_(False)
         model.to(dtype)
-    adapted = [(unet, diffusion.UNET_LORA_TARGETS)]
+    adapted = [(unet, UNET_LORA_TARGETS)]
     if text:
-        adapted.append((text_encoder, diffusion.TEXT_LORA_TARGETS))
+        adapted.append((text_encoder, TEXT_LORA_TARGETS))
     for model, targets in adapted:
         model.add_adapter(
             LoraConfig(
@@ -146,11 +147,11 @@ def ours(
 ) -> Callable[[], int]:
     """bob's loop; a run is EPOCHS_A_TURN, and their share of encoding the photos."""
     pipeline = diffusion.load(base, best_device())
-    means, stds = diffusion.encode_images(pipeline, [Image.open(path) for path in photos])
+    means, stds = denoising.encode_images(pipeline, [Image.open(path) for path in photos])
     tokens = diffusion.tokenize(pipeline, captions)
     diffusion.cast(pipeline.unet, dtype)
     diffusion.cast(pipeline.text_encoder, dtype)
-    parameters = diffusion.add_lora(pipeline, RANK, 0)
+    parameters = add_lora(pipeline, RANK, 0)
     if not text:
         pipeline.text_encoder.requires_grad_(False)
         parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -167,7 +168,7 @@ def ours(
 
     def turn() -> int:
         shared_out = photos[: math.ceil(len(photos) * EPOCHS_A_TURN / EPOCHS)]
-        diffusion.encode_images(pipeline, [Image.open(path).convert("RGB") for path in shared_out])
+        denoising.encode_images(pipeline, [Image.open(path).convert("RGB") for path in shared_out])
         denoising.train(pipeline, parameters, means, stds, tokens, settings, dtype)
         return len(photos) * EPOCHS_A_TURN
 
@@ -177,7 +178,7 @@ def ours(
 def flops_of_image(base: Path, batch: int, text_too: bool) -> float:
     """FLOPs, forward and backward, of text encoder and UNet for one image of a step."""
     pipeline = diffusion.load(base, best_device())
-    diffusion.add_lora(pipeline, RANK, 0)
+    add_lora(pipeline, RANK, 0)
     if not text_too:
         pipeline.text_encoder.requires_grad_(False)
     device, unet = pipeline.device, pipeline.unet

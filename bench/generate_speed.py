@@ -27,7 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.speed import build_sd15, reached, report, side, take_turns
 from bob.models import diffusion
 from bob.models.device import best_device, dtype_name, resolve_precision
-from bob.models.sampling import ImageMaker, png
+from bob.models.lora import add_lora, save_lora
+from bob.models.sampling import SAMPLERS, ImageMaker, png
 
 EQUAL, BATCHED = 2.0, 1.0
 DEFAULT, DEFAULT_BATCHED = 4.0, 2.0
@@ -43,8 +44,8 @@ def prompts() -> Iterator[str]:
 def build_lora(base: Path, folder: Path) -> Path:
     """A LoRA of rank 16 on UNet and text encoder, as finetune writes it."""
     pipeline = diffusion.load(base, torch.device("cpu"))
-    diffusion.add_lora(pipeline, 16, 0)
-    diffusion.save_lora(pipeline, folder)
+    add_lora(pipeline, 16, 0)
+    save_lora(pipeline, folder)
     return folder
 
 
@@ -57,7 +58,7 @@ def plain(
     ).to(best_device())
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(str(lora))
-    pipeline.scheduler = diffusion.SAMPLERS[sampler](pipeline.scheduler.config)
+    pipeline.scheduler = SAMPLERS[sampler](pipeline.scheduler.config)
     asked = prompts()
 
     def run() -> int:

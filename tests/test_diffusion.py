@@ -15,8 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from bob.errors import BobError
-from bob.models import denoising, diffusion
+from bob.models import denoising, diffusion, sampling
 from bob.models.device import autocast
+from bob.models.lora import UNET_LORA_TARGETS, LoraLinear, add_lora, save_lora
 from bob.stages import finetune
 from tests.builders import (
     SD15_TEXT,
@@ -58,14 +59,14 @@ def photos(count=3):
 
 def fine_tune(base, folder, dtype=FP32, rank=4, **changed):
     pipeline = diffusion.load(base, CPU)
-    means, stds = diffusion.encode_images(pipeline, photos())
+    means, stds = denoising.encode_images(pipeline, photos())
     tokens = diffusion.tokenize(pipeline, ["a bird photo of a wren", "a wren", "a tit"])
     diffusion.cast(pipeline.unet, dtype)
     diffusion.cast(pipeline.text_encoder, dtype)
-    parameters = diffusion.add_lora(pipeline, rank, 0)
+    parameters = add_lora(pipeline, rank, 0)
     losses = denoising.train(pipeline, parameters, means, stds, tokens, settings(**changed), dtype)
     finetune.write_curves(folder / "curves", losses)
-    diffusion.save_lora(pipeline, folder / "lora")
+    save_lora(pipeline, folder / "lora")
     return pipeline
 
 
@@ -80,8 +81,8 @@ def apart(one, other):
 
 
 def render(pipeline, count=2, prompt="a bird photo of a wren", steps=3, seeds=None):
-    embeddings = diffusion.encode_prompts(pipeline, ["", prompt])
-    return diffusion.sample(
+    embeddings = sampling.encode_prompts(pipeline, ["", prompt])
+    return sampling.sample(
         pipeline,
         torch.stack([embeddings[prompt]] * count),
         embeddings[""],
@@ -114,14 +115,19 @@ def test_stock_diffusers_loads_both_parts_of_the_lora(base, tmp_path):
     assert difference(image(stock), untouched) > 2
     assert difference(image(stock), image(trained)) <= 1
     # And our own way, fused into the weights, is the same model.
-    fused = diffusion.load(base, CPU, lora=tmp_path / "lora")
+    fused = sampling.load(base, tmp_path / "lora", CPU)
     assert difference(image(fused), image(stock)) <= 1
 
 
 def test_the_text_encoder_is_trained_as_well(base, tmp_path):
     fine_tune(base, tmp_path)
-    before = diffusion.text_features(diffusion.load(base, CPU), ["a wren"])
-    after = diffusion.text_features(diffusion.load(base, CPU, lora=tmp_path / "lora"), ["a wren"])
+    before, after = (
+        sampling.encode_prompts(pipeline, ["a wren"])["a wren"]
+        for pipeline in (
+            diffusion.load(base, CPU),
+            sampling.load(base, tmp_path / "lora", CPU),
+        )
+    )
     assert (before - after).abs().max() > 1e-3
 
 
@@ -129,7 +135,7 @@ def test_lora_is_on_every_attention_projection_and_nothing_else(base):
     pipeline = diffusion.load(base, CPU)
     diffusion.cast(pipeline.unet, torch.bfloat16)
     diffusion.cast(pipeline.text_encoder, torch.bfloat16)
-    parameters = diffusion.add_lora(pipeline, 4, 0)
+    parameters = add_lora(pipeline, 4, 0)
     attention_layers = sum(
         name.endswith(("attn1", "attn2")) for name, _ in pipeline.unet.named_modules()
     )
@@ -141,9 +147,8 @@ def test_lora_is_on_every_attention_projection_and_nothing_else(base):
 
 def test_zero_epochs_write_an_adapter_that_changes_nothing(base, tmp_path):
     fine_tune(base, tmp_path, epochs=0)
-    plain, adapted = (
-        render(diffusion.load(base, CPU, lora=lora))[0] for lora in (None, tmp_path / "lora")
-    )
+    plain = render(diffusion.load(base, CPU))[0]
+    adapted = render(sampling.load(base, tmp_path / "lora", CPU))[0]
     assert difference(plain, adapted) == 0
 
 
@@ -165,9 +170,9 @@ def test_a_lora_trained_in_bf16_is_kept_in_fp32(base, tmp_path):
 def test_steps_are_adamws_with_clipped_gradients_at_a_rate_that_warms_up_and_falls(base, request):
     """The published recipe: betas, weight decay and clipping, linear warm-up and half a cosine."""
     pipeline = diffusion.load(base, CPU)
-    means, stds = diffusion.encode_images(pipeline, photos(4))
+    means, stds = denoising.encode_images(pipeline, photos(4))
     tokens = diffusion.tokenize(pipeline, ["a wren"] * 4)
-    parameters = diffusion.add_lora(pipeline, 4, 0)
+    parameters = add_lora(pipeline, 4, 0)
     for parameter in parameters:  # so that a gradient is long enough to be clipped
         parameter.data *= 30
     steps, raw = [], []
@@ -243,10 +248,10 @@ def test_compiled_training_comes_to_the_same_weights_but_for_rounding(base, tmp_
 def test_our_lora_layer_computes_what_pefts_does(base, dtype):
     pipeline = diffusion.load(base, CPU)
     diffusion.cast(pipeline.unet, dtype)
-    for parameter in diffusion.add_lora(pipeline, 4, 0):
+    for parameter in add_lora(pipeline, 4, 0):
         torch.nn.init.normal_(parameter, std=0.1)
     layer = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
-    assert isinstance(layer, diffusion.LoraLinear)
+    assert isinstance(layer, LoraLinear)
     x = torch.randn(2, 5, 32)
     with autocast(CPU, dtype):
         ours, theirs = layer(x), lora.Linear.forward(layer, x)
@@ -272,7 +277,7 @@ def test_divergence_is_told_in_one_line(base, tmp_path):
 def test_latents_have_the_models_resolution_and_scale(base):
     pipeline = diffusion.load(base, CPU)
     assert diffusion.resolution(pipeline) == 16
-    mean, std = diffusion.encode_images(pipeline, photos(2))
+    mean, std = denoising.encode_images(pipeline, photos(2))
     assert mean.shape == std.shape == (2, 4, 8, 8)
     assert std.min() > 0
     square = pipeline.image_processor.preprocess(photos(1), 16, 16, resize_mode="crop")
@@ -299,8 +304,8 @@ def test_target_of_v_prediction_is_that_of_the_paper():
 def test_a_v_prediction_base_trains_and_samples(tmp_path):
     base = build_text_to_image(tmp_path / "base", "v_prediction")
     fine_tune(base, tmp_path, epochs=1)
-    pipeline = diffusion.load(base, CPU, lora=tmp_path / "lora")
-    for sampler in diffusion.SAMPLERS.values():
+    pipeline = sampling.load(base, tmp_path / "lora", CPU)
+    for sampler in sampling.SAMPLERS.values():
         pipeline.scheduler = sampler(pipeline.scheduler.config)
         assert pipeline.scheduler.config.prediction_type == "v_prediction"
         assert render(pipeline)[0].size == (16, 16)
@@ -325,7 +330,7 @@ def test_the_classes_of_stable_diffusion_2_train_and_sample(tmp_path):
     )
     plain = render(diffusion.load(base, CPU), 1)[0]
     fine_tune(base, tmp_path, epochs=1, gradient_checkpointing=True)
-    assert difference(render(diffusion.load(base, CPU, lora=tmp_path / "lora"), 1)[0], plain) > 0
+    assert difference(render(sampling.load(base, tmp_path / "lora", CPU), 1)[0], plain) > 0
 
 
 @pytest.mark.parametrize(
@@ -348,11 +353,11 @@ def test_lora_at_full_size_is_that_of_the_papers_recipe(
         for model in (models.unet, models.text_encoder):
             model.requires_grad_(False)
         assert models.unet.num_parameters() == unet_size
-        parameters = diffusion.add_lora(models, 16, 0)
+        parameters = add_lora(models, 16, 0)
     assert sum(parameter.numel() for parameter in parameters) == unet_lora + text_lora
     adapted = [name for name, part in models.unet.named_modules() if hasattr(part, "lora_A")]
     assert len(adapted) == 16 * 2 * 4
-    assert {name.split(".attn")[1][2:] for name in adapted} == set(diffusion.UNET_LORA_TARGETS)
+    assert {name.split(".attn")[1][2:] for name in adapted} == set(UNET_LORA_TARGETS)
 
 
 def test_large_images_are_decoded_in_equal_parts_to_the_same_pixels(base, monkeypatch):
@@ -366,7 +371,7 @@ def test_large_images_are_decoded_in_equal_parts_to_the_same_pixels(base, monkey
         return decode(part)
 
     monkeypatch.setattr(pipeline.vae, "decode", counted)
-    monkeypatch.setattr(diffusion, "DECODED_PIXELS", 4 * 16**2)
+    monkeypatch.setattr(sampling, "DECODED_PIXELS", 4 * 16**2)
     assert all(difference(*pair) <= 1 for pair in zip(together, render(pipeline, 6), strict=True))
     assert sizes == [3, 3]
 
@@ -379,13 +384,13 @@ def test_an_image_does_not_depend_on_its_place_or_its_neighbours(base):
     assert first[0].tobytes() != first[1].tobytes()
 
 
-@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
 def test_every_sampler_comes_to_the_same_image(base, sampler):
     """All solve the same differential equation, so with many steps they agree."""
     pipeline = diffusion.load(base, CPU)
-    pipeline.scheduler = diffusion.SAMPLERS["ddim"](pipeline.scheduler.config)
+    pipeline.scheduler = sampling.SAMPLERS["ddim"](pipeline.scheduler.config)
     reference = render(pipeline, 1, steps=200)[0]
-    pipeline.scheduler = diffusion.SAMPLERS[sampler](pipeline.scheduler.config)
+    pipeline.scheduler = sampling.SAMPLERS[sampler](pipeline.scheduler.config)
     image = render(pipeline, 1, steps=100)[0]
     gap = np.abs(np.asarray(image, float) - np.asarray(reference, float)).mean()
     assert gap < 8, gap

@@ -19,6 +19,7 @@ from bob.formats.params import Params
 from bob.formats.photos import Task, write_task
 from bob.formats.prompts import Context, Entry, read_bank, write_bank
 from bob.models import diffusion
+from bob.models.lora import add_lora, save_lora
 from bob.models.sampling import ImageMaker, png
 from bob.stages import generate
 from tests.builders import build_text_to_image
@@ -43,9 +44,9 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     base = build_text_to_image(folder / "base")
     pipeline = diffusion.load(base, torch.device("cpu"))
-    for parameter in diffusion.add_lora(pipeline, 2, 0):
+    for parameter in add_lora(pipeline, 2, 0):
         torch.nn.init.normal_(parameter, std=0.1)
-    diffusion.save_lora(pipeline, folder / "lora")
+    save_lora(pipeline, folder / "lora")
     return folder
 
 
@@ -124,8 +125,8 @@ def test_another_lora_makes_every_image_anew(project, capsys, models, tmp_path):
     (LORA / "pytorch_lora_weights.safetensors").write_bytes(weights)
     assert run(capsys)[1:] == (4, 0), "the same bytes elsewhere"
     base = diffusion.load(Path("base"), torch.device("cpu"))
-    diffusion.add_lora(base, 2, 1)
-    diffusion.save_lora(base, LORA)
+    add_lora(base, 2, 1)
+    save_lora(base, LORA)
     assert run(capsys)[1:] == (0, 4)
 
 

@@ -11,7 +11,7 @@ import pytest
 from bench import kills, reuse
 from bench.project import batches_made, clear_log
 from bob.cli import STAGES
-from tests.dvc_project import dvc, make_project, ran, read_params, run
+from tests.dvc_project import dvc, make_project, ran, read_params, run, set_params
 
 pytestmark = pytest.mark.slow
 
@@ -39,12 +39,19 @@ def test_nothing_is_made_twice(project, measure):
 
 # A rename, which changes nothing, and a change of the latents by a hundredth, which shows in bytes
 # (one ulp there shows in a few of 32 images, but not in the two of a batch at these settings).
-RENAMED = ("bob/models/diffusion.py", "latents = latents.float()", "decoded = latents.float()")
+RENAMED = ("bob/models/sampling.py", "latents = latents.float()", "decoded = latents.float()")
 RENAMED_USE = ("for part in latents.split(", "for part in decoded.split(")
 BRIGHTER = (
-    "bob/models/diffusion.py",
+    "bob/models/sampling.py",
     "latents = latents.float() / pipeline",
     "latents = 1.01 * latents.float() / pipeline",
+)
+# The same, of prompts without context alone; the empty one is that of guidance.
+BARE_OTHERWISE = (
+    "bob/models/sampling.py",
+    "        text: pipeline.encode_prompt(text, pipeline.device, 1, False)[0][0]\n",
+    "        text: pipeline.encode_prompt(text, pipeline.device, 1, False)[0][0]\n"
+    "        * (1.01 if text and ' background ' not in text else 1)\n",
 )
 ANSWERS = ("bob/models/vlm.py", "do_sample=False", "do_sample=bool(0)")
 
@@ -84,9 +91,7 @@ def test_of_code_that_makes_the_same_images_one_batch_is_made(project):
     batch = read_params(project)["generate"]["batch_size"]
     module, *rename = RENAMED
     made, output = made_after(project, module, tuple(rename), RENAMED_USE)
-    # diffusion is what trains the LoRA too, for which there is no trial.
-    lora = {"finetune": 2}
-    assert made == NOTHING | lora | {"generate": batch}
+    assert made == NOTHING | {"generate": batch}
     old = images(project) - batch
     assert f"{old} reused (made by earlier code, same bytes in a trial" in output
     assert not ran(output) & {"evaluate", "export", "benchmark"}
@@ -97,6 +102,29 @@ def test_of_code_that_changes_images_all_are_made_anew(project):
     module, *change = BRIGHTER
     made, output = made_after(project, module, tuple(change))
     assert made["generate"] == images(project)
+    assert "on trial came out otherwise (PSNR" in output
+
+
+def test_a_change_for_prompts_without_context_is_found_though_those_with_context_are_the_same(
+    project,
+):
+    """A trial of the ones must not speak for the others."""
+    for context in ("none", "bank"):
+        set_params(project, {"generate": {"context": context}})
+        dvc(project, "repro", "generate")
+    module, *change = BARE_OTHERWISE
+    original = edited(project, module, tuple(change))
+    try:
+        made = {}
+        for context in ("bank", "none"):
+            set_params(project, {"generate": {"context": context}})
+            clear_log(project)
+            output = dvc(project, "repro", "generate")
+            made[context] = sum(batches_made(project, "generate"))
+    finally:
+        (project / module).write_text(original)
+        set_params(project, {"generate": {"context": "bank"}})
+    assert made == {"bank": read_params(project)["generate"]["batch_size"], "none": images(project)}
     assert "on trial came out otherwise (PSNR" in output
 
 

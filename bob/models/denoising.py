@@ -1,4 +1,4 @@
-"""Training a LoRA on the noise-prediction loss: latents and token ids in, weights changed."""
+"""Training on the noise-prediction loss: images to latents; latents and token ids to weights."""
 
 import math
 import warnings
@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_cosine_schedule_with_warmup
+from PIL import Image
 from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
 from bob.errors import BobError
+from bob.models import diffusion
 from bob.models.device import autocast
 
 if TYPE_CHECKING:
@@ -20,6 +22,24 @@ if TYPE_CHECKING:
 
 # The published recipe's; the learning rate, epochs and batch size are parameters.
 BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-2, 1.0
+
+
+@torch.no_grad()
+def encode_images(
+    pipeline: StableDiffusionPipeline, images: Sequence[Image.Image]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the images' scaled latents, each (n, channels, h, w) fp32.
+
+    Images are resized and centre-cropped to the model's resolution. An autoencoder without a
+    posterior (AutoencoderTiny) has standard deviation zero.
+    """
+    side = diffusion.resolution(pipeline)
+    pixels = pipeline.image_processor.preprocess(list(images), side, side, resize_mode="crop")
+    encoded = pipeline.vae.encode(pixels.to(pipeline.device))
+    scale = pipeline.vae.config.scaling_factor
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean * scale, encoded.latent_dist.std * scale
+    return encoded.latents * scale, torch.zeros_like(encoded.latents)
 
 
 def train(
@@ -52,29 +72,19 @@ def train(
     )
     # fp16 has too little range for small gradients; the other precisions need no scaling.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    stateful = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     pool = torch.empty(0, dtype=torch.long)
     losses: list[float] = []
 
     if checkpoint and (state := checkpoint.load()):
         for parameter, value in zip(parameters, state["parameters"], strict=True):
             parameter.data.copy_(value)
-        for part, name in ((optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
+        for name, part in stateful.items():
             part.load_state_dict(state[name])
         random.set_state(state["random"])
         pool, losses = state["pool"], state["losses"]
 
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        # The fused attention's backward alone takes a third of a step.
-        pipeline.unet.set_attn_processor(AttnProcessor())
-        pipeline.text_encoder.set_attn_implementation("eager")
-    pipeline.unet.train()
-    pipeline.text_encoder.train()
-    if settings.gradient_checkpointing:
-        checkpoint_gradients(pipeline)
-    if settings.compile:
-        # A cached function that asks for torch's version: diffusers', and harmless when traced.
-        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-        pipeline.unet.compile()  # in place, so that the weights keep their names
+    _prepare_to_train(pipeline, settings, dtype)
     for epoch in tqdm(
         range(len(losses), settings.epochs),
         "fine-tuning",
@@ -96,13 +106,9 @@ def train(
                 *(tensor.chunk(settings.gradient_accumulation) for tensor in drawn), strict=True
             ):
                 latents = means[index] + stds[index] * posterior
-                noisy = noise_scheduler.add_noise(latents, noise, timestep)
-                with autocast(device, dtype):
-                    # Lowered once, or every layer's keys and values would do it again.
-                    text = pipeline.text_encoder(tokens[index])[0].to(dtype)
-                    prediction = _predict(pipeline.unet, noisy, timestep, text)
-                target = prediction_target(noise_scheduler, latents, noise, timestep)
-                loss = torch.nn.functional.mse_loss(prediction.float(), target)
+                loss = noise_prediction_loss(
+                    pipeline, noise_scheduler, latents, tokens[index], noise, timestep, dtype
+                )
                 scaler.scale(loss / settings.gradient_accumulation).backward()
                 losses_of_epoch.append(loss.detach())
             scaler.unscale_(optimizer)
@@ -122,15 +128,50 @@ def train(
             checkpoint.save(
                 {
                     "parameters": [parameter.data for parameter in parameters],
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "scaler": scaler.state_dict(),
+                    **{name: part.state_dict() for name, part in stateful.items()},
                     "random": random.get_state(),
                     "pool": pool,
                     "losses": losses,
                 }
             )
     return losses
+
+
+def _prepare_to_train(pipeline: Any, settings: Any, dtype: torch.dtype) -> None:
+    if pipeline.device.type == "cpu" and dtype == torch.bfloat16:
+        # The fused attention's backward alone takes a third of a step.
+        pipeline.unet.set_attn_processor(AttnProcessor())
+        pipeline.text_encoder.set_attn_implementation("eager")
+    pipeline.unet.train()
+    pipeline.text_encoder.train()
+    if settings.gradient_checkpointing:
+        checkpoint_gradients(pipeline)
+    if settings.compile:
+        # A cached function that asks for torch's version: diffusers', and harmless when traced.
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        pipeline.unet.compile()  # in place, so that the weights keep their names
+
+
+def noise_prediction_loss(
+    pipeline: Any,
+    noise_scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    tokens: torch.Tensor,
+    noise: torch.Tensor,
+    timestep: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Mean squared error of what the UNet predicts of the noised latents; a scalar, fp32.
+
+    Shapes: `latents` and `noise` (n, channels, h, w), `tokens` (n, length), `timestep` (n).
+    """
+    noisy = noise_scheduler.add_noise(latents, noise, timestep)
+    with autocast(latents.device, dtype):
+        # Lowered once, or every layer's keys and values would do it again.
+        text = pipeline.text_encoder(tokens)[0].to(dtype)
+        prediction = _predict(pipeline.unet, noisy, timestep, text)
+    target = prediction_target(noise_scheduler, latents, noise, timestep)
+    return torch.nn.functional.mse_loss(prediction.float(), target)
 
 
 def _predict(

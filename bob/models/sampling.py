@@ -2,21 +2,41 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 
 from bob.models import diffusion
-from bob.models.device import best_device, dtype_name, resolve_precision
+from bob.models.device import autocast, best_device, dtype_name, resolve_precision
 
 # Named in an image's key in the item cache: the modules that make it, and what they stand on.
 MADE_BY = ("models.device", "models.diffusion", "models.sampling")
 LIBRARIES = ("diffusers", "peft", "torch", "transformers")
+
+# Decoded at once: 64 images of 64 px, or one of 512 px, which fills a GPU with work already, where
+# a batch's activations in fp32 would fill its memory.
+DECODED_PIXELS = 512**2
+
+SAMPLERS: Mapping[str, Any] = {
+    "dpmsolver++": lambda config: DPMSolverMultistepScheduler.from_config(
+        config, algorithm_type="dpmsolver++", solver_order=2
+    ),
+    "ddim": DDIMScheduler.from_config,
+    "pndm": lambda config: PNDMScheduler.from_config(config, skip_prk_steps=True),
+    "euler": EulerDiscreteScheduler.from_config,
+}
 
 
 class ImageMaker:
@@ -56,8 +76,8 @@ class ImageMaker:
 
     @cached_property
     def _pipeline(self) -> StableDiffusionPipeline:
-        pipeline = diffusion.load(self._base_model, self._device, lora=self._lora)
-        pipeline.scheduler = diffusion.SAMPLERS[self._sampler](pipeline.scheduler.config)
+        pipeline = load(self._base_model, self._lora, self._device)
+        pipeline.scheduler = SAMPLERS[self._sampler](pipeline.scheduler.config)
         diffusion.cast(pipeline.unet, self._dtype)
         return pipeline
 
@@ -68,8 +88,8 @@ class ImageMaker:
         missing = self._batch_size - len(prompts)
         prompts = [*prompts, *[prompts[-1]] * missing]
         new = [text for text in ("", *prompts) if text not in self._embeddings]
-        self._embeddings |= diffusion.encode_prompts(self._pipeline, new)
-        images = diffusion.sample(
+        self._embeddings |= encode_prompts(self._pipeline, new)
+        images = sample(
             self._pipeline,
             torch.stack([self._embeddings[text] for text in prompts]),
             self._embeddings[""],
@@ -79,6 +99,75 @@ class ImageMaker:
             dtype=self._dtype,
         )
         return images[: len(images) - missing]
+
+
+def load(base_model: Path, lora: Path, device: torch.device) -> StableDiffusionPipeline:
+    """Load a text-to-image folder in fp32, with a LoRA folder fused into its weights.
+
+    Raises BobError as `diffusion.load` does.
+    """
+    # Fused on the CPU: the sums of weights then have the same last bits whatever the device.
+    pipeline = diffusion.load(base_model, torch.device("cpu"))
+    pipeline.load_lora_weights(str(lora))
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    return pipeline.to(device)
+
+
+@torch.no_grad()
+def encode_prompts(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Embedding, (tokens, width), of every distinct prompt.
+
+    One prompt at a time: the last bits of an embedding must not depend on the others asked for.
+    """
+    return {
+        text: pipeline.encode_prompt(text, pipeline.device, 1, False)[0][0]
+        for text in dict.fromkeys(prompts)
+    }
+
+
+@torch.no_grad()
+def sample(
+    pipeline: StableDiffusionPipeline,
+    embeddings: torch.Tensor,
+    negative: torch.Tensor,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    dtype: torch.dtype,
+) -> list[Image.Image]:
+    """Sample one image per prompt embedding.
+
+    `embeddings` is (n, tokens, width), `negative` (tokens, width) the embedding of the empty
+    prompt, `seeds` the n seeds of the initial noise, drawn on the CPU so that they mean the same
+    noise on every device. Denoising runs in `dtype`; decoding stays in fp32, because eight bits of
+    mantissa are fewer than an image's eight bits want.
+    """
+    with autocast(pipeline.device, dtype):
+        latents = pipeline(
+            prompt_embeds=embeddings,
+            negative_prompt_embeds=negative.expand_as(embeddings),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            output_type="latent",
+        ).images
+    latents = latents.float() / pipeline.vae.config.scaling_factor
+    return [
+        image
+        for part in latents.split(decoded_at_once(pipeline, len(latents)))
+        for image in pipeline.image_processor.postprocess(pipeline.vae.decode(part).sample)
+    ]
+
+
+def decoded_at_once(pipeline: StableDiffusionPipeline, count: int) -> int:
+    """How many of a batch of `count` images the autoencoder decodes at once."""
+    # Equal parts: an image's last bits depend on how many are decoded with it.
+    most = max(1, DECODED_PIXELS // diffusion.resolution(pipeline) ** 2)
+    return max(part for part in range(1, most + 1) if count % part == 0)
 
 
 def png(image: Image.Image) -> bytes:

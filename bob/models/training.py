@@ -309,10 +309,7 @@ def train(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # Two streams of chance: the synthetic set must not move what happens to the real photos.
-    real_random = torch.Generator().manual_seed(seed)
-    synthetic_random = torch.Generator().manual_seed(seed + 2**31)
-    synthetic_order = endless_order(len(synthetic), synthetic_random) if synthetic else iter(())
+    batches = Batches(real, synthetic, recipe, seed)
 
     steps_per_epoch = math.ceil(len(real) / recipe.batch_size)
     steps, warmup = recipe.epochs * steps_per_epoch, recipe.warmup_epochs * steps_per_epoch
@@ -325,23 +322,11 @@ def train(
     for epoch in tqdm(range(recipe.epochs), desc=title, unit="epoch", disable=None):
         to_train_mode(model)
         losses = []
-        for chosen in torch.randperm(len(real), generator=real_random).split(recipe.batch_size):
-            images, targets = mixed(*real.crops(chosen, real_random), recipe, real_random)
-            if synthetic:
-                drawn = torch.tensor([next(synthetic_order) for _ in range(recipe.batch_size)])
-                more_images, more_targets = mixed(
-                    *synthetic.crops(drawn, synthetic_random), recipe, synthetic_random
-                )
-                images, targets = (
-                    torch.cat([images, more_images]),
-                    torch.cat([targets, more_targets]),
-                )
+        for images, targets, real_count in batches.epoch():
             images = images.to(device, memory_format=torch.channels_last)
             with autocast(device, dtype):
                 logits = model(images)
-            loss = weighted_loss(
-                logits.float(), targets.to(device), len(chosen), recipe.real_weight
-            )
+            loss = weighted_loss(logits.float(), targets.to(device), real_count, recipe.real_weight)
 
             rate = learning_rate(step, steps, warmup, recipe.learning_rate)
             for group in optimizer.param_groups:
@@ -383,6 +368,44 @@ def to_train_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
+
+
+class Batches:
+    """The batches of each epoch: as many images of either source, cropped and mixed."""
+
+    def __init__(
+        self, real: TrainingImages, synthetic: TrainingImages | None, recipe: Recipe, seed: int
+    ) -> None:
+        self._real, self._synthetic, self._recipe = real, synthetic, recipe
+        # Two streams of chance: the synthetic set must not move what happens to the real photos.
+        self._real_random = torch.Generator().manual_seed(seed)
+        self._synthetic_random = torch.Generator().manual_seed(seed + 2**31)
+        self._synthetic_order = (
+            endless_order(len(synthetic), self._synthetic_random) if synthetic else iter(())
+        )
+
+    def epoch(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """All real photos once, in a new order, each batch with the next synthetic images.
+
+        Yields normalised images [N, 3, H, W], soft targets [N, classes] and how many of the first
+        rows are of real photos.
+        """
+        size, recipe = self._recipe.batch_size, self._recipe
+        order = torch.randperm(len(self._real), generator=self._real_random)
+        for chosen in order.split(size):
+            images, targets = mixed(
+                *self._real.crops(chosen, self._real_random), recipe, self._real_random
+            )
+            if self._synthetic:
+                drawn = torch.tensor([next(self._synthetic_order) for _ in range(size)])
+                more_images, more_targets = mixed(
+                    *self._synthetic.crops(drawn, self._synthetic_random),
+                    recipe,
+                    self._synthetic_random,
+                )
+                images = torch.cat([images, more_images])
+                targets = torch.cat([targets, more_targets])
+            yield images, targets, len(chosen)
 
 
 def endless_order(count: int, random: torch.Generator) -> Iterator[int]:

@@ -36,9 +36,32 @@ def run(params: Params) -> None:
     """Write `metrics/synthetic.json` and the contact sheets in `results/audit`."""
     task, generated = read_task(), read_manifest()
     photos, val = read_photos(TRAIN), read_photos(VAL)
-    device = best_device()
-    base_model = Path(params.finetune.base_model)
+    metrics = {"images": len(generated), **context_metrics(task, generated, params)}
+    if generated:
+        metrics |= image_metrics(photos, val, generated, params)
+    with replacing(AUDIT) as folder:
+        write_contact_sheets(folder / "contact_sheets", task.classes, photos, generated)
+    write_json(SYNTHETIC_METRICS, _rounded(metrics))
+    leakage = metrics["leakage"]
+    print(
+        f"audit: context leakage (AMI with class) real {leakage['real']['background']:.3f} "
+        f"background, {leakage['real']['pose']:.3f} pose; generated "
+        f"{leakage['generated']['background']:.3f} and {leakage['generated']['pose']:.3f}"
+        + (
+            f"; in the pictures {leakage['pictures']['background']:.3f} and "
+            f"{leakage['pictures']['pose']:.3f}"
+            if "pictures" in leakage
+            else ""
+        )
+    )
 
+
+def context_metrics(task: Task, generated: Sequence[Generated], params: Params) -> dict[str, Any]:
+    """`leakage` of context by set of images, and `obedience` to the prompts where it can be seen.
+
+    The sets are the real photos, by the bank; the generated images, by their prompts; and, where
+    the captioner is asked, what it sees in some of these.
+    """
     real_pairs: Pairs = [(e.class_name, e.context) for e in read_bank(BANK) if e.context]
     pairs = {
         "real": real_pairs,
@@ -52,10 +75,9 @@ def run(params: Params) -> None:
             for image, context in zip(asked, shown, strict=True)
             if context
         ]
-    clusters = cluster_contexts(pairs, len(real_pairs), diffusion.load(base_model, device))
-
+    base_model = diffusion.load(Path(params.finetune.base_model), best_device())
+    clusters = cluster_contexts(pairs, len(real_pairs), base_model)
     metrics: dict[str, Any] = {
-        "images": len(generated),
         "leakage": {
             **{name: context_leakage(members, clusters) for name, members in pairs.items()},
             "clusters": {name: len(set(numbers.values())) for name, numbers in clusters.items()},
@@ -68,35 +90,29 @@ def run(params: Params) -> None:
     ]
     if prompted:
         metrics["obedience"] = context_obedience(prompted, clusters)
-    if generated:
-        backbone = open_backbone(params.audit.feature_model)
-        real, synthetic = _features(
-            backbone,
-            [photo.path for photo in photos + val],
-            [GENERATE / image.file for image in generated],
-        )
-        metrics["diversity"] = {
+    return metrics
+
+
+def image_metrics(
+    photos: Sequence[Photo], val: Sequence[Photo], generated: Sequence[Generated], params: Params
+) -> dict[str, Any]:
+    """`diversity` of the shots and of the generated images, and `kid` between real and generated.
+
+    All by the features of `audit.feature_model`; the photos of validation count for `kid` alone.
+    """
+    real, synthetic = _features(
+        open_backbone(params.audit.feature_model),
+        [photo.path for photo in (*photos, *val)],
+        [GENERATE / image.file for image in generated],
+    )
+    mean, std = kernel_inception_distance(real, synthetic)
+    return {
+        "diversity": {
             "real": diversity(real[: len(photos)], [photo.class_name for photo in photos]),
             "generated": diversity(synthetic, [image.class_name for image in generated]),
-        }
-        mean, std = kernel_inception_distance(real, synthetic)
-        metrics["kid"] = {"mean": mean, "std": std, "subset_size": subset_size(real, synthetic)}
-
-    with replacing(AUDIT) as folder:
-        write_contact_sheets(folder / "contact_sheets", task.classes, photos, generated)
-    write_json(SYNTHETIC_METRICS, _rounded(metrics))
-    leakage = metrics["leakage"]
-    print(
-        f"audit: context leakage (AMI with class) real {leakage['real']['background']:.3f} "
-        f"background, {leakage['real']['pose']:.3f} pose; generated "
-        f"{leakage['generated']['background']:.3f} and {leakage['generated']['pose']:.3f}"
-        + (
-            f"; in the pictures {leakage['pictures']['background']:.3f} and "
-            f"{leakage['pictures']['pose']:.3f}"
-            if asked
-            else ""
-        )
-    )
+        },
+        "kid": {"mean": mean, "std": std, "subset_size": subset_size(real, synthetic)},
+    }
 
 
 def _rounded(value: Any) -> Any:
@@ -191,9 +207,18 @@ def cluster_phrases(phrases: Sequence[str], photos: int, pipeline: Any) -> dict[
     k = max(1, round(photos**0.5))
     if len(phrases) <= k:
         return {phrase: index for index, phrase in enumerate(phrases)}
-    features = diffusion.text_features(pipeline, phrases).cpu().numpy()
+    features = text_features(pipeline, phrases).cpu().numpy()
     labels = KMeans(k, n_init=10, random_state=0).fit_predict(features)
     return {phrase: int(label) for phrase, label in zip(phrases, labels, strict=True)}
+
+
+@torch.no_grad()
+def text_features(pipeline: Any, texts: Sequence[str]) -> torch.Tensor:
+    """Pooled, normalised features of the text encoder, (n, width) fp32."""
+    features = [
+        pipeline.text_encoder(diffusion.tokenize(pipeline, [text])).pooler_output for text in texts
+    ]
+    return torch.nn.functional.normalize(torch.cat(features).float(), dim=-1)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ turns, so that whatever else the machine does hits both.
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -61,21 +61,15 @@ def run(params: Params) -> None:
         "torch": torch.__version__,
         "model_mb": round(layout.ONNX.stat().st_size / 1e6, 2),
     }
-    tables: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-    for size in tqdm(params.benchmark.batch_sizes, desc="benchmark", disable=None):
-        batch = np.repeat(image, size, axis=0)
-        timings = {
-            name: summarise(milliseconds, size)
-            for name, milliseconds in measure(runs, batch, params.benchmark.repeats).items()
-        }
-        for name, timing in timings.items():
-            tables[name].append({"batch_size": size, **timing})
-        onnx_timing, torch_timing = timings["onnxruntime"], timings["torch"]
-        metrics[f"batch_{size}"] = {
-            **onnx_timing,
-            **{f"torch_{key}": value for key, value in torch_timing.items()},
-            "speedup": round(torch_timing["p50_ms"] / onnx_timing["p50_ms"], 2),
-        }
+    timings = timings_by_size(runs, image, params.benchmark.batch_sizes, params.benchmark.repeats)
+    metrics |= {
+        f"batch_{size}": compared(timing["onnxruntime"], timing["torch"])
+        for size, timing in timings.items()
+    }
+    tables = {
+        name: [{"batch_size": size, **timing[name]} for size, timing in timings.items()]
+        for name in runs
+    }
     with replacing(layout.BENCHMARK) as folder:
         for name, rows in tables.items():
             values = ([*row.values()] for row in rows)
@@ -169,6 +163,28 @@ def accuracies(
             hits[name] += int((run_batch(batch.numpy()).argmax(1) == wanted).sum())
         seen += len(batch)
     return {name: round(100 * count / seen, 2) for name, count in hits.items()}
+
+
+def timings_by_size(
+    runs: dict[str, Run], image: NDArray[np.float32], sizes: Sequence[int], repeats: int
+) -> dict[int, dict[str, dict[str, float]]]:
+    """Batch size -> runtime -> its timings, on batches of one `image` [1, 3, H, W]."""
+    return {
+        size: {
+            name: summarise(milliseconds, size)
+            for name, milliseconds in measure(runs, np.repeat(image, size, axis=0), repeats).items()
+        }
+        for size in tqdm(sizes, desc="benchmark", disable=None)
+    }
+
+
+def compared(onnx: dict[str, float], pytorch: dict[str, float]) -> dict[str, float]:
+    """The timings of both runtimes side by side, and how many times faster ONNX Runtime is."""
+    return {
+        **onnx,
+        **{f"torch_{key}": value for key, value in pytorch.items()},
+        "speedup": round(pytorch["p50_ms"] / onnx["p50_ms"], 2),
+    }
 
 
 def measure(

@@ -22,6 +22,7 @@ from bob.formats.photos import Photo, Task, batches, open_image, read_photos, re
 from bob.formats.prompts import Entry, prompt, read_bank
 from bob.models import denoising, diffusion
 from bob.models.device import best_device, dtype_name, resolve_precision
+from bob.models.lora import LORA_FILE, add_lora, save_lora
 
 # The maker of a LoRA: the modules that train, and what they stand on.
 MADE_BY = (
@@ -29,6 +30,7 @@ MADE_BY = (
     "models.denoising",
     "models.device",
     "models.diffusion",
+    "models.lora",
     "stages.finetune",
 )
 LIBRARIES = ("diffusers", "peft", "pillow", "torch", "transformers")
@@ -81,13 +83,13 @@ def run(params: Params) -> None:
         losses = json.loads(written)
         with replacing(FINETUNE) as folder:
             write_curves(folder / "curves", losses)
-            cache.place([lora.oid], [folder / LORA.name / diffusion.LORA_FILE])
+            cache.place([lora.oid], [folder / LORA.name / LORA_FILE])
     checkpoint.remove()
     made = "trained" if cache.made else "reused"
     write_items(
         FINETUNE_ITEMS,
         [
-            Item(lora.recipe, lora.maker, lora.oid, file=str(LORA / diffusion.LORA_FILE)),
+            Item(lora.recipe, lora.maker, lora.oid, file=str(LORA / LORA_FILE)),
             Item(curve.recipe, curve.maker, curve.oid, text=written),
         ],
     )
@@ -139,11 +141,11 @@ def train(
     # Frozen weights need no more precision than they are multiplied in; LoRA's stay in fp32.
     diffusion.cast(pipeline.unet, dtype)
     diffusion.cast(pipeline.text_encoder, dtype)
-    parameters = diffusion.add_lora(pipeline, settings.rank, settings.seed)
+    parameters = add_lora(pipeline, settings.rank, settings.seed)
     losses = denoising.train(pipeline, parameters, means, stds, tokens, settings, dtype, checkpoint)
     with tempfile.TemporaryDirectory() as folder:
-        diffusion.save_lora(pipeline, Path(folder))
-        return (Path(folder) / diffusion.LORA_FILE).read_bytes(), losses
+        save_lora(pipeline, Path(folder))
+        return (Path(folder) / LORA_FILE).read_bytes(), losses
 
 
 def training_captions(
@@ -173,7 +175,7 @@ def encode_photos(pipeline: Any, photos: Sequence[Photo]) -> tuple[torch.Tensor,
     No flips: a pose says left and right.
     """
     encoded = [
-        diffusion.encode_images(pipeline, [open_image(photo.path) for photo in batch])
+        denoising.encode_images(pipeline, [open_image(photo.path) for photo in batch])
         for batch in tqdm(list(batches(photos, ENCODE_BATCH)), "encoding photos", disable=None)
     ]
     means, stds = zip(*encoded, strict=True)

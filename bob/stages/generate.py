@@ -82,14 +82,16 @@ def images_wanted(
     }
 
     def covering(places: Sequence[int]) -> Iterable[int]:
-        """The shortest and the longest prompt, and one without context."""
+        """The shortest and the longest prompt."""
         by_length = sorted(places, key=lambda place: len(planned[place].prompt))
-        without = [place for place in places if planned[place].context is None]
-        return [by_length[0], by_length[-1], *without[:1]]
+        return [by_length[0], by_length[-1]]
 
+    # All prompts of a plan have a context or none has, and code can act on one kind alone: a trial
+    # of images with a context must not speak for images without.
+    with_context = any(image.context for image in planned)
     return Wanted(
         [item_key(**common, prompt=image.prompt, seed=image.seed) for image in planned],
-        common,
+        {**common, "with_context": with_context},
         maker_of(sampling.MADE_BY, sampling.LIBRARIES),
         covering,
         sampling.peak_signal_to_noise,

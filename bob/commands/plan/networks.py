@@ -23,7 +23,7 @@ from transformers import (
 from bob.commands.plan.shapes import META, Cost, measure
 from bob.errors import BobError
 from bob.formats.photos import Task
-from bob.models import diffusion, training
+from bob.models import diffusion, sampling, training
 from bob.models.backbones import holds_clip
 from bob.models.preprocessing import Preprocessing
 
@@ -84,7 +84,7 @@ def text_to_image(folder: Path) -> StableDiffusionPipeline:
 
 def evaluations(folder: Path, sampler: str, steps: int) -> int:
     """How many times a sampler asks the UNet for one image; PNDM once more than it has steps."""
-    scheduler = diffusion.SAMPLERS[sampler](DDIMScheduler.load_config(folder / "scheduler"))
+    scheduler = sampling.SAMPLERS[sampler](DDIMScheduler.load_config(folder / "scheduler"))
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps)
 

@@ -20,12 +20,13 @@ from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, read_photos, read_task
 from bob.formats.prompts import ATTRIBUTES, QUESTION, read_bank
 from bob.miniature import world
-from bob.models import denoising, diffusion
+from bob.models import denoising, diffusion, sampling
 from bob.models.backbones import open_backbone
 from bob.models.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS
 from bob.models.device import best_device, resolve_precision
 from bob.models.endpoint import is_endpoint
 from bob.models.gpus import Gpu
+from bob.models.lora import add_lora
 from bob.models.training import VALIDATIONS, Labelled, Trainer
 from bob.stages import benchmark as measuring
 from bob.stages import classify as classifying
@@ -245,9 +246,7 @@ def _finetune(project: Project) -> Work:
     encode = networks.encode_images(pipeline, batch)
     encoding = networks.weight_bytes(*trained, pipeline.vae) + encode.peak
     with networks.META:
-        lora = 4 * sum(
-            parameter.numel() for parameter in diffusion.add_lora(pipeline, settings.rank, 0)
-        )
+        lora = 4 * sum(parameter.numel() for parameter in add_lora(pipeline, settings.rank, 0))
     steps = settings.epochs * math.ceil(len(photos) / settings.batch_size)
     if settings.gradient_checkpointing:
         denoising.checkpoint_gradients(pipeline)
@@ -294,7 +293,7 @@ def _generate(project: Project) -> Work:
     rows = batch * (2 if settings.guidance_scale > 1 else 1)
     text = networks.encode_text(pipeline)
     denoise = networks.denoise(pipeline, rows)
-    at_once = diffusion.decoded_at_once(pipeline, batch)
+    at_once = sampling.decoded_at_once(pipeline, batch)
     decode = networks.decode_images(pipeline, at_once)
     side = diffusion.resolution(pipeline)
     _cast(precision, pipeline.unet)
