@@ -41,7 +41,7 @@ def run_all(runs: Sequence[Run], jobs: int, keep: Callable[[Measured], None]) ->
     Goes on where it was killed: an experiment that finished meanwhile is not run again, one that
     waits in the queue or is being run is not queued twice. Returns the names of those that failed.
 
-    Strict runs need `strict()` around the call, and none that is not strict beside them.
+    Strict runs need `strict()` around the call, and none that is not strict among them.
     """
     left = {run.name: run for run in runs}
     _environment(jobs)
@@ -53,7 +53,8 @@ def run_all(runs: Sequence[Run], jobs: int, keep: Callable[[Measured], None]) ->
             queue = repo.experiments.celery_queue
             _bury(queue)
             _clear(queue, left)
-            _wait_for_lax_workers(queue)
+            if any(run.strict for run in runs):
+                _wait_for_lax_workers(queue)
             _fill(repo, left)
             queue.start_workers(jobs)
         return _follow(left, keep)
@@ -103,12 +104,10 @@ def _clear(queue: Any, left: Mapping[str, Run]) -> None:
 
 
 def _wait_for_lax_workers(queue: Any) -> None:
-    """Where strict runs are to come, wait for the end of workers that would not run them so.
+    """Wait for the end of workers that would not run strict runs as such.
 
     A worker has the environment that it was started with. It ends when the queue is empty.
     """
-    if os.environ.get(TRIALS) != STRICT:
-        return
     lax = [worker for worker in _workers(queue) if not _is_strict(worker)]
     if lax:
         click.echo("study: waiting for the worker of earlier runs, which ends when they have ended")
