@@ -10,8 +10,10 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from scipy import stats
@@ -200,7 +202,7 @@ def queued(monkeypatch, change=None, killed_after=None, **options):
 
     `change` is what the settings measure other than usual; after `killed_after` runs it is killed.
     """
-    asked = []
+    asked: list[plan.Run] = []
 
     def run_all(runs, jobs, keep):
         assert all(run.strict == (os.environ.get(TRIALS) == "strict") for run in runs)
@@ -308,8 +310,9 @@ def test_a_sample_that_comes_out_the_same_confirms_the_others(changed, monkeypat
             names = ", ".join(f"{name} {seed}" for name, seed in repeated)
             assert row.confirmed_by == f"{names} at {second[:10]}"
     text = page_text()
-    assert "3 of these runs were measured with the code that the project has now. 5 are of " in text
-    assert f"(5 of commit {first[:10]}) and confirmed by a sample: 3 runs were repeated" in text
+    assert "With the code that the project has now, 3 of these runs were measured. " in text
+    assert f"With earlier code: 5 of commit {first[:10]}, confirmed by a sample: " in text
+    assert f"Repeated were 3 runs: {names} at {second[:10]}." in text
     assert "than the project has now" not in text
     assert queued(monkeypatch, again=True, sample=3) == []
 
@@ -381,6 +384,39 @@ def test_a_sample_says_nothing_of_other_params_and_all_can_be_repeated(changed, 
     change_code(changed, "bob/parent.py")
     assert len(queued(monkeypatch, again=True, sample=0)) == 8
     assert not any(row.repeats or row.confirmed for row in rows_of(small()).values())
+
+
+def test_dvc_restores_no_stage_of_a_strict_run(project):
+    one = small().runs()[0]
+    both = [one, replace(one, strict=True)]
+    repo = MagicMock()
+    repo.experiments.celery_queue.status.return_value = []
+    queue._fill(repo, {run.name: run for run in both})
+    asked = [call.kwargs for call in repo.experiments.run.call_args_list]
+    assert [(call["name"], call["force"]) for call in asked] == [
+        (one.name, False),
+        (f"{one.name}-strict", True),
+    ]
+
+
+def test_strict_runs_wait_for_workers_of_another_environment(monkeypatch):
+    def worker(seconds):
+        code = f"import time; print(flush=True); time.sleep({seconds})"
+        process = psutil.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        process.stdout.readline()  # until then its environment may not be in place
+        return process
+
+    lax = worker(2)
+    with queue.strict():
+        strict = worker(30)
+    try:
+        monkeypatch.setattr(queue, "_workers", lambda _: [lax, strict])
+        queue._wait_for_lax_workers(None)
+        assert not lax.is_running()
+        assert strict.is_running()
+    finally:
+        strict.kill()
+        strict.wait()
 
 
 def test_each_earlier_code_has_a_run_in_the_sample(changed, monkeypatch):
@@ -601,7 +637,7 @@ def test_a_small_study_is_killed_goes_on_and_is_confirmed_after_a_change_of_code
     run(project, "git", "commit", "--quiet", "--all", "--message", "code")
     made_log(project).unlink()
     output = run(project, *command, "--again", "--sample", "2")
-    assert "the sample came out the same to the last digit; 1 other runs are confirmed" in output
+    assert "the sample came out the same to the last digit, which confirms other runs: 1" in output
     assert made(made_log(project))["generate"] == [2, 2], "no image that other code has made"
     with (project / "docs/small-study.csv").open() as file:
         again = list(csv.DictReader(file))

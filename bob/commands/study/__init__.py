@@ -108,8 +108,8 @@ class _Campaign:
         if confirmed:
             self._keep(*confirmed)
             click.echo(
-                f"study: the sample came out the same to the last digit; {len(confirmed)} other "
-                "runs are confirmed by it"
+                "study: the sample came out the same to the last digit, which confirms other "
+                f"runs: {len(confirmed)}"
             )
         for code, row in samples.refuted(runs, rows).items():
             click.echo(

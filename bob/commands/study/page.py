@@ -190,11 +190,11 @@ def _confirmation(now: Sequence[Row], confirmed: Sequence[Row]) -> str:
     repeated = sum(row.repeats != "" for row in now)
     samples = "; ".join(dict.fromkeys(row.confirmed_by for row in confirmed))
     return (
-        f"{len(now)} of these runs were measured with the code that the project has now. "
-        f"{len(confirmed)} are of earlier code ({earlier}) and confirmed by a sample: {repeated} "
-        "runs were repeated with the present code, and every figure came out the same to the last "
-        "digit. Captions, LoRAs, images and classifiers that other code had made were not reused "
-        f"for that. Repeated were {samples}."
+        f"With the code that the project has now, {len(now)} of these runs were measured. With "
+        f"earlier code: {earlier}, confirmed by a sample: runs were repeated "
+        "with the present code, and every figure came out the same to the last digit. Captions, "
+        "LoRAs, images and classifiers that other code had made were not reused for that. Repeated "
+        f"were {repeated} runs: {samples}."
     )
 
 
