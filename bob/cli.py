@@ -156,12 +156,29 @@ def verify(stages: tuple[str, ...]) -> None:
 @click.option(
     "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at the same time."
 )
-@click.option("--again", is_flag=True, help="Repeat runs of other code, models or params.")
+@click.option(
+    "--again", is_flag=True, help="Repeat runs of other models or params; of other code a sample."
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="With --again: repeat N runs of other code, and all if one differs; 0: all at once.",
+)
 @click.option(
     "--only", multiple=True, metavar="NAMES", help="Run these settings ('clip-*'); repeatable."
 )
 @click.option("--page", "page_only", is_flag=True, help="Run nothing; write the page.")
-def study(file: Path, jobs: int, again: bool, only: tuple[str, ...], page_only: bool) -> None:
+def study(
+    file: Path,
+    jobs: int,
+    again: bool,
+    sample: int,
+    only: tuple[str, ...],
+    page_only: bool,
+) -> None:
     """Run what is missing of the study in FILE and write its page.
 
     FILE says what is run and claimed. The runs go through DVC's queue; the results are kept in
@@ -169,7 +186,7 @@ def study(file: Path, jobs: int, again: bool, only: tuple[str, ...], page_only: 
     """
     from bob.commands.study import study as run_study
 
-    run_study(file, jobs=jobs, again=again, only=only, page_only=page_only)
+    run_study(file, jobs=jobs, again=again, sample=sample, only=only, page_only=page_only)
 
 
 @cli.command()

@@ -7,15 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from scipy import stats
 
+from bench.counted import made
+from bob.cache.items import TRIALS
 from bob.commands import study as studies
-from bob.commands.study import banks, page, plan, queue
+from bob.commands.study import banks, page, plan, queue, samples
 from bob.commands.study.results import Row, read_results, write_results
 from bob.commands.study.statistics import mean_interval, paired_interval, ratio_interval
 from bob.errors import BobError
@@ -23,7 +29,7 @@ from bob.formats.files import write_jsonl
 from bob.formats.prompts import Context, Entry, read_bank
 from bob.miniature.world import BACKGROUNDS, POSES
 from tests.conftest import ROOT, told_of
-from tests.dvc_project import dvc, make_project, run
+from tests.dvc_project import dvc, environment, made_log, make_project, run
 
 SMALL = """
 title: A small study
@@ -191,19 +197,27 @@ def measured(runs, change=None):
     ]
 
 
-def queued(monkeypatch, **options):
-    """The names of the settings and the seeds that a study puts into the queue."""
-    asked = []
+def queued(monkeypatch, change=None, killed_after=None, **options):
+    """The names of the settings and the seeds that a study puts into the queue.
+
+    `change` is what the settings measure other than usual; after `killed_after` runs it is killed.
+    """
+    asked: list[plan.Run] = []
 
     def run_all(runs, jobs, keep):
-        asked.extend(runs)
+        assert all(run.strict == (os.environ.get(TRIALS) == "strict") for run in runs)
         for one in runs:
-            keep([(one, measured([one])[0].metrics)])
+            if len(asked) == killed_after:
+                raise KeyboardInterrupt
+            asked.append(one)
+            keep([(one, measured([one], change)[0].metrics)])
         return []
 
     monkeypatch.setattr(queue, "run_all", run_all)
     monkeypatch.setattr(queue, "contact_sheets", lambda names: [])
-    studies.study(Path("small.yaml"), **options)
+    with suppress(KeyboardInterrupt):
+        studies.study(Path("small.yaml"), **options)
+    assert TRIALS not in os.environ
     return [(run.setting.name, run.data_seed) for run in asked]
 
 
@@ -235,6 +249,223 @@ def test_a_run_of_other_params_models_or_code_is_repeated_only_on_demand(
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("repeats: 30", "repeats: 31"))
     assert queued(monkeypatch, again=True) == [], "no metric of the study depends on it"
+
+
+# --- after a change of code ------------------------------------------------------------------
+
+
+def change_code(project, dep="bob/cli.py"):
+    """Commit another dependency on code, as a change of code does to the hash of a run's code."""
+    pipeline = (project / "dvc.yaml").read_text()
+    (project / "dvc.yaml").write_text(
+        pipeline.replace(
+            "      - bob/stages/evaluate.py", f"      - {dep}\n      - bob/stages/evaluate.py"
+        )
+    )
+    git(project, "commit", "--quiet", "--all", "--message", dep)
+
+
+def git(project, *arguments):
+    return run(project, "git", *arguments).strip()
+
+
+@pytest.fixture
+def changed(project, monkeypatch):
+    """A project whose study was measured at one commit, and whose code has changed in another."""
+    git(project, "init", "--quiet")
+    git(project, "add", "bob", "dvc.yaml")
+    git(project, "commit", "--quiet", "--message", "first")
+    assert len(queued(monkeypatch)) == 8
+    change_code(project)
+    return project
+
+
+def rows_of(study):
+    return {row.run: row for row in read_results(study.results)}
+
+
+def test_a_sample_that_comes_out_the_same_confirms_the_others(changed, monkeypatch, capsys):
+    study = small()
+    before = rows_of(study)
+    assert "**8 of these runs were measured with other code than the project" not in page_text()
+    studies.study(Path("small.yaml"), page_only=True)
+    told = "8 of these runs were measured with other code than the project has now"
+    assert told in page_text() and told in capsys.readouterr().out
+
+    repeated = queued(monkeypatch, again=True, sample=3)
+    assert len(repeated) == 3
+    assert {name for name, _ in repeated} == {"bob", "none", "weight"}
+    assert len({seed for _, seed in repeated}) > 1
+    after = rows_of(study)
+    first, second = git(changed, "rev-parse", "HEAD~1", "HEAD").split()
+    for one in study.runs():
+        row = after[one.key]
+        assert row.metrics == before[one.key].metrics and row.is_of(one)
+        if (one.setting.name, one.data_seed) in repeated:
+            assert (row.code, row.commit) == (one.code, second[:10])
+            assert (row.repeats, row.differs, row.confirmed) == (before[one.key].code, "", "")
+        else:
+            assert (row.code, row.commit) == (before[one.key].code, first[:10])
+            assert row.confirmed == one.code
+            names = ", ".join(f"{name} {seed}" for name, seed in repeated)
+            assert row.confirmed_by == f"{names} at {second[:10]}"
+    text = page_text()
+    assert "With the code that the project has now, 3 of these runs were measured. " in text
+    assert f"With earlier code: 5 of commit {first[:10]}, confirmed by a sample: " in text
+    assert f"Repeated were 3 runs: {names} at {second[:10]}." in text
+    assert "than the project has now" not in text
+    assert queued(monkeypatch, again=True, sample=3) == []
+
+
+def test_one_difference_repeats_all_and_is_told(changed, monkeypatch, capsys):
+    study = small()
+    repeated = queued(monkeypatch, {"weight": 75.5}, again=True, sample=2, killed_after=2)
+    assert len(repeated) == 2, "killed before the others"
+    assert "weight" in {name for name, _ in repeated}
+    seed = dict(repeated)["weight"]
+    value = 75.5 + seed % 3
+    told = f"weight, data seed {seed}: top1 was {value - 0.5}, is {value} (1 of 3 figures differ)"
+    assert told in capsys.readouterr().out
+    studies.study(Path("small.yaml"), page_only=True)
+    assert f"repeats them, since one came out otherwise ({told})" in page_text()
+
+    others = queued(monkeypatch, {"weight": 75.5}, again=True, sample=2)
+    assert f"study: {told}; all runs of that earlier code are repeated" in capsys.readouterr().out
+    assert sorted(others + repeated) == sorted((r.setting.name, r.data_seed) for r in study.runs())
+    assert {row.code for row in rows_of(study).values()} == {study.runs()[0].code}
+    assert not any(row.confirmed for row in rows_of(study).values())
+    assert "than the project has now" not in page_text()
+
+
+def test_a_sample_that_was_killed_is_not_chosen_anew(changed, monkeypatch):
+    study = small()
+    kept = study.results.read_bytes()
+    whole = queued(monkeypatch, again=True, sample=4)
+    assert len(whole) == 4
+    study.results.write_bytes(kept)
+    assert queued(monkeypatch, again=True, sample=4) == whole, "the same code, the same sample"
+    study.results.write_bytes(kept)
+    begun = queued(monkeypatch, again=True, sample=4, killed_after=2)
+    assert not any(row.confirmed for row in rows_of(study).values())
+    assert begun + queued(monkeypatch, again=True, sample=4) == whole
+    assert sum(row.confirmed != "" for row in rows_of(study).values()) == 4
+
+
+def test_a_failed_run_of_the_sample_confirms_nothing(changed, monkeypatch):
+    monkeypatch.setattr(queue, "run_all", lambda runs, jobs, keep: [run.name for run in runs])
+    with pytest.raises(BobError, match=r"2 runs failed: study-.*-strict"):
+        studies.study(Path("small.yaml"), again=True, sample=2)
+    assert not any(row.confirmed for row in rows_of(small()).values())
+    assert "8 of these runs were measured with other code" in page_text()
+
+
+def test_a_later_change_of_code_needs_another_sample(changed, monkeypatch):
+    study = small()
+    first = {row.code for row in rows_of(study).values()}
+    assert len(queued(monkeypatch, again=True, sample=2)) == 2
+    change_code(changed, "bob/parent.py")
+    studies.study(Path("small.yaml"), page_only=True)
+    assert "8 of these runs were measured with other code" in page_text()
+    again = queued(monkeypatch, again=True, sample=2)
+    assert len(again) == 2
+    code = study.runs()[0].code
+    confirmed = [row for row in rows_of(study).values() if row.confirmed]
+    assert len(confirmed) == 6 and {row.confirmed for row in confirmed} == {code}
+    assert {row.code for row in confirmed} >= first, "a row keeps the code that measured it"
+
+
+def test_a_sample_says_nothing_of_other_params_and_all_can_be_repeated(changed, monkeypatch):
+    text = (changed / "params.yaml").read_text()
+    (changed / "params.yaml").write_text(text.replace("real_weight: 0.5", "real_weight: 0.6"))
+    repeated = queued(monkeypatch, again=True, sample=1)
+    assert len(repeated) == 1 + 6
+    assert {name for name, _ in repeated[:1]} == {"weight"}, "whose real_weight is its own"
+    assert {name for name, _ in repeated[1:]} == {"bob", "none"}
+    change_code(changed, "bob/parent.py")
+    assert len(queued(monkeypatch, again=True, sample=0)) == 8
+    assert not any(row.repeats or row.confirmed for row in rows_of(small()).values())
+
+
+def test_dvc_restores_no_stage_of_a_strict_run(project):
+    one = small().runs()[0]
+    both = [one, replace(one, strict=True)]
+    repo = MagicMock()
+    repo.experiments.celery_queue.status.return_value = []
+    queue._fill(repo, {run.name: run for run in both})
+    asked = [call.kwargs for call in repo.experiments.run.call_args_list]
+    assert [(call["name"], call["force"]) for call in asked] == [
+        (one.name, False),
+        (f"{one.name}-strict", True),
+    ]
+
+
+def test_strict_runs_wait_for_workers_of_another_environment(monkeypatch):
+    def worker(seconds):
+        code = f"import time; print(flush=True); time.sleep({seconds})"
+        process = psutil.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        process.stdout.readline()  # until then its environment may not be in place
+        return process
+
+    lax = worker(2)
+    with queue.strict():
+        strict = worker(30)
+    try:
+        monkeypatch.setattr(queue, "_workers", lambda _: [lax, strict])
+        queue._wait_for_lax_workers(None)
+        assert not lax.is_running()
+        assert strict.is_running()
+    finally:
+        strict.kill()
+        strict.wait()
+
+
+def test_each_earlier_code_has_a_run_in_the_sample(changed, monkeypatch):
+    queued(monkeypatch, again=True, sample=0, only=["none"])
+    change_code(changed, "bob/parent.py")
+    study, rows = small(), rows_of(small())
+    assert [len(group) for group in samples.groups(study.runs(), rows).values()] == [5, 3]
+    chosen = samples.choose(study.runs(), rows, 1)
+    assert len({rows[run.key].code for run in chosen}) == len(chosen) == 2
+    queued(monkeypatch, {"none": 71.0}, again=True, sample=1)
+    confirmed = {row.setting for row in rows_of(study).values() if row.confirmed}
+    assert confirmed == {"bob", "weight"}, "the code of the others came out otherwise"
+
+
+def test_a_sample_needs_code_that_is_committed(changed, monkeypatch):
+    (changed / "dvc.yaml").write_text((changed / "dvc.yaml").read_text() + "# a change\n")
+    with pytest.raises(BobError, match=r"changes that are not committed.*--sample 0"):
+        queued(monkeypatch, again=True)
+    assert len(queued(monkeypatch, again=True, sample=0)) == 8
+    assert all(row.commit.endswith("-dirty") for row in rows_of(small()).values())
+
+
+def test_the_sample_of_the_miniatures_study_goes_through_other_code_each_time(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = plan.read_study(Path("experiments/miniature.yaml"))
+    runs = study.runs()
+    rows = {run.key: replace(Row.of(run, {}), code=f"earlier {run.code}") for run in runs}
+    chosen = samples.choose(runs, rows, 5)
+    assert len({run.setting.name for run in chosen}) == 5
+    assert len({run.data_seed for run in chosen}) >= 3
+    assert any(run.setting.drawn for run in chosen), "another generator's code"
+    assert {run.values["finetune"]["context"] for run in chosen} == {"caption", "none"}
+    assert {run.values["generate"]["sampler"] for run in chosen} == {"dpmsolver++", "pndm"}
+
+
+def test_results_from_before_there_were_samples_are_read(project):
+    study = small()
+    rows = measured(study.runs())
+    write_results(study.results, rows)
+    with study.results.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    new = ("commit", "repeats", "differs", "confirmed", "confirmed_by")
+    with study.results.open("w", newline="") as file:
+        writer = csv.DictWriter(
+            file, [name for name in lines[0] if name not in new], extrasaction="ignore"
+        )
+        writer.writeheader()
+        writer.writerows(lines)
+    assert read_results(study.results) == rows
 
 
 def test_a_failed_run_is_named_after_the_page_is_written(project, monkeypatch):
@@ -365,17 +596,17 @@ claims:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_small_study_is_killed_goes_on_and_ends_with_a_page(tmp_path):
-    project = make_project(tmp_path)
+def test_a_small_study_is_killed_goes_on_and_is_confirmed_after_a_change_of_code(tmp_path):
+    project = make_project(tmp_path / "project", counted=True)
     (project / "experiments/small.yaml").write_text(RUN)
     run(project, "git", "add", "--all")
     run(project, "git", "commit", "--quiet", "--message", "study")
     params = (project / "params.yaml").read_text()
     command = [sys.executable, "-m", "bob", "study", "experiments/small.yaml"]
 
-    environment = os.environ | {"GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org"}
-    environment |= {"GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.org"}
-    first = subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        command, cwd=project, env=environment(project), stdout=subprocess.DEVNULL
+    )
     for _ in range(300):
         time.sleep(1)
         if "Running" in dvc(project, "queue", "status"):
@@ -400,3 +631,22 @@ def test_a_small_study_is_killed_goes_on_and_ends_with_a_page(tmp_path):
         assert sheet.width > sheet.height
     assert (project / "params.yaml").read_text() == params
     assert "3 runs, 3 measured" in run(project, *command)
+
+    code = project / "bob/models/device.py"  # in every item's making
+    code.write_text(f"{code.read_text()}\nUNUSED = 1\n")
+    run(project, "git", "commit", "--quiet", "--all", "--message", "code")
+    made_log(project).unlink()
+    output = run(project, *command, "--again", "--sample", "2")
+    assert "the sample came out the same to the last digit, which confirms other runs: 1" in output
+    assert made(made_log(project))["generate"] == [2, 2], "no image that other code has made"
+    with (project / "docs/small-study.csv").open() as file:
+        again = list(csv.DictReader(file))
+    assert [[row[name] for name in rows[0] if "." in name] for row in again] == [
+        [row[name] for name in rows[0] if "." in name] for row in rows
+    ]
+    assert again[2]["repeats"] == rows[2]["code"] != again[2]["code"], "the only one that is drawn"
+    assert sum(row["confirmed"] != "" for row in again[:2]) == 1
+    assert (
+        "2 of these runs were measured with the code that the project has now"
+        in (project / "docs/small-study.md").read_text()
+    )

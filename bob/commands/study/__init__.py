@@ -6,15 +6,17 @@ measured is kept in `docs/<name>-study.csv`, and the page is written from that f
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from bob.commands.study import drawn, page, queue
+from bob.commands.study import drawn, page, queue, samples
 from bob.commands.study.plan import Run, Study, read_study
 from bob.commands.study.results import Row, read_results, write_results
 from bob.errors import BobError
 from bob.formats.files import replacing_file
+from bob.formats.params import PIPELINE
 
 
 def study(
@@ -22,23 +24,27 @@ def study(
     *,
     jobs: int = 1,
     again: bool = False,
+    sample: int = 5,
     only: Sequence[str] = (),
     page_only: bool = False,
 ) -> None:
     """Run what is missing of the study at `path`, `jobs` at once; write its page, print its tables.
 
     A run that stands in the study's CSV is not repeated, unless `again` is set and its code, models
-    or params have changed since. With `only`, patterns of names, no other settings are run; with
-    `page_only` nothing is.
+    or params have changed since. Where only the code has, `sample` of these runs are repeated, and
+    the others if one of them comes out otherwise; with 0 all are. With `only`, patterns of names,
+    no other settings are run; with `page_only` nothing is.
 
-    Raises BobError naming models or photos that runs wait for, before any is run; and, after the
-    page is written, naming the runs that failed.
+    Raises BobError naming models or photos that runs wait for, before any is run, and where a
+    sample is to be repeated with code that is not committed; and, after the page is written, naming
+    the runs that failed.
     """
     plan = read_study(path)
     failed: list[str] = []
     if not page_only:
         runs = plan.runs()
-        failed = _run_missing(plan, runs, jobs, again, only)
+        part = plan.part(only).runs() if only else runs
+        failed = _Campaign(plan, runs, jobs).run(part, again, sample)
         _take_contact_sheets(plan, runs)
     click.echo(f"\n{page.write(plan, read_results(plan.results))}\n")
     click.echo(f"study: {plan.page} is written")
@@ -49,59 +55,115 @@ def study(
         )
 
 
-def _run_missing(
-    plan: Study, everything: Sequence[Run], jobs: int, again: bool, only: Sequence[str]
-) -> list[str]:
-    """Run, measure and write down what is missing; the names of the runs that failed."""
-    rows = {row.run: row for row in read_results(plan.results)}
-    runs = plan.part(only).runs() if only else everything
-    missing = [run for run in runs if _is_missing(run, rows, again)]
-    stale = sum(run.key in rows and not rows[run.key].is_of(run) for run in runs)
-    click.echo(f"study: {len(runs)} runs, {len(runs) - len(missing)} measured")
-    if stale and not again:
-        click.echo(
-            f"study: {stale} of the measured runs are of other code, models or params; "
-            "--again repeats them"
+class _Campaign:
+    """The rows of a study while it is run; each is written down when it is measured."""
+
+    def __init__(self, plan: Study, everything: Sequence[Run], jobs: int) -> None:
+        self._plan, self._everything, self._jobs = plan, everything, jobs
+        self._rows = {row.run: row for row in read_results(plan.results)}
+        self._commit = samples.commit_of_code()
+
+    def run(self, runs: Sequence[Run], again: bool, size: int) -> list[str]:
+        """Run those of `runs` that are to be run; the names of those that failed."""
+        rows = self._rows
+        missing = [run for run in runs if run.key not in rows]
+        outdated = [run for run in runs if run.key in rows and not rows[run.key].is_of(run)]
+        click.echo(f"study: {len(runs)} runs, {len(runs) - len(missing)} measured")
+        if outdated and not again:
+            click.echo(
+                f"study: {len(outdated)} of the measured runs are of other code, models or params; "
+                "--again repeats them, or a sample where only the code is other"
+            )
+        wanted = [*missing, *(outdated if again else [])]
+        absent = sorted({path for run in wanted for path in run.absent})
+        if absent:
+            raise BobError(
+                f"{', '.join(absent)}: not here; `bob fetch` brings models, `bob dataset` "
+                "published photos, `dvc pull` what is tracked, and --only leaves out the settings "
+                "that need them"
+            )
+        if not again or size == 0:
+            return self._measure(wanted)
+        failed = self._repeat_sample(runs, size)
+        return failed + self._measure(
+            [
+                run
+                for run in wanted
+                if run.key not in rows
+                or rows[run.key].inputs != run.inputs  # no sample tells of it
+            ]
         )
 
-    absent = sorted({path for run in missing for path in run.absent})
-    if absent:
-        raise BobError(
-            f"{', '.join(absent)}: not here; `bob fetch` brings models, `bob dataset` published "
-            "photos, `dvc pull` what is tracked, and --only leaves out the settings that need them"
-        )
+    def _repeat_sample(self, runs: Sequence[Run], size: int) -> list[str]:
+        """Repeat a sample of the runs of other code, and where it differs the others too."""
+        rows = self._rows
+        chosen = samples.choose(runs, rows, size)
+        if chosen and (not self._commit or self._commit.endswith(samples.DIRTY)):
+            raise BobError(
+                f"bob/ or {PIPELINE} has changes that are not committed, and a sample confirms "
+                "runs for a commit; commit them, or repeat all runs with --sample 0"
+            )
+        failed = self._measure_strictly(chosen, in_sample=True)
+        confirmed = samples.confirm(runs, rows, chosen, self._commit)
+        if confirmed:
+            self._keep(*confirmed)
+            click.echo(
+                "study: the sample came out the same to the last digit, which confirms other "
+                f"runs: {len(confirmed)}"
+            )
+        for code, row in samples.refuted(runs, rows).items():
+            click.echo(
+                f"study: {row.setting}, data seed {row.run[1]}: {row.differs}; all runs of that "
+                "earlier code are repeated"
+            )
+            failed += self._measure_strictly(samples.groups(runs, rows)[code])
+        return failed
 
-    def keep(measured: Iterable[tuple[Run, dict[str, float]]]) -> None:
-        for run, metrics in measured:
-            rows[run.key] = Row.of(run, metrics)
-            write_results(plan.results, _ordered(rows.values(), everything))
-            left = sum(_is_missing(run, rows, again) for run in missing)
-            name = run.setting.name
-            click.echo(f"study: {name}, data seed {run.data_seed} measured; {left} to go")
+    def _measure_strictly(self, runs: Iterable[Run], in_sample: bool = False) -> list[str]:
+        """Run those of `runs` whose rows do not hold, reusing nothing that other code has made."""
+        outdated = [run for run in runs if not self._rows[run.key].is_of(run)]
+        with queue.strict():
+            return self._measure([replace(run, strict=True) for run in outdated], in_sample)
 
-    failed = queue.run_all([run for run in missing if not run.setting.drawn], jobs, keep)
-    for run in missing:
-        if run.setting.drawn:
-            keep([(run, dict(queue.numbers(drawn.measure(run.values))))])
-    return failed
+    def _measure(self, runs: Sequence[Run], in_sample: bool = False) -> list[str]:
+        """Run all of `runs`; the names of those that failed."""
+        left = {run.key for run in runs}
+
+        def keep(measured: Iterable[tuple[Run, dict[str, float]]]) -> None:
+            for run, metrics in measured:
+                row = Row.of(run, metrics, self._commit)
+                self._keep(row.repeating(self._rows[run.key]) if in_sample else row)
+                left.remove(run.key)
+                name = run.setting.name
+                click.echo(f"study: {name}, data seed {run.data_seed} measured; {len(left)} to go")
+
+        failed = queue.run_all([run for run in runs if not run.setting.drawn], self._jobs, keep)
+        for run in runs:
+            if run.setting.drawn:
+                keep([(run, dict(queue.numbers(drawn.measure(run.values))))])
+        return failed
+
+    def _keep(self, *rows: Row) -> None:
+        """Take the rows in, in the place of those of the same runs, and write all down."""
+        self._rows |= {row.run: row for row in rows}
+        write_results(self._plan.results, _ordered(self._rows.values(), self._everything))
 
 
 def _take_contact_sheets(plan: Study, runs: Iterable[Run]) -> None:
     """Put the contact sheets of those `runs` that were done here beside the plots of the page."""
     if not plan.sheets:
         return
-    names = {run.key: run.name for run in runs}
-    files = {names[sheet.setting.key(sheet.data_seed)]: sheet.file for sheet in plan.sheets}
+    names = {run.key: (run.name, replace(run, strict=True).name) for run in runs}
+    files = {
+        name: sheet.file
+        for sheet in plan.sheets
+        for name in names[sheet.setting.key(sheet.data_seed)]
+    }
     plan.plots.mkdir(parents=True, exist_ok=True)
     for name, sheet in queue.contact_sheets(files):
         with replacing_file(plan.plots / files[name]) as draft:
             # As JPEG, a sixth of the size: git keeps every version.
             sheet.save(draft, "JPEG", quality=85)
-
-
-def _is_missing(run: Run, rows: dict[tuple[str, int], Row], again: bool) -> bool:
-    row = rows.get(run.key)
-    return row is None or (again and not row.is_of(run))
 
 
 def _ordered(rows: Iterable[Row], runs: Sequence[Run]) -> list[Row]:

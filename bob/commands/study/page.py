@@ -2,7 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,11 +19,11 @@ from bob.commands.study.plan import (
     Figure,
     Line,
     Published,
-    Run,
     Study,
     common_seeds,
 )
 from bob.commands.study.results import Row, value
+from bob.commands.study.samples import refuted
 from bob.commands.study.statistics import Interval, mean_interval, paired_interval, ratio_interval
 from bob.formats.files import replacing, replacing_file
 
@@ -37,8 +38,9 @@ Results = Mapping[tuple[str, int], Row]
 def write(study: Study, rows: Sequence[Row]) -> str:
     """Write the page and its plots; returns what of it answers the study's question in short.
 
-    That is the tables beside the paper's, and what became of each claim. What is not measured yet
-    is said to be so. Contact sheets are kept: results have no pictures.
+    That is the tables beside the paper's, what was measured with other code, models or params
+    than now, and what became of each claim. What is not measured yet is said to be so. Contact
+    sheets are kept: results have no pictures.
     """
     results = {row.run: row for row in rows}
     tables = [Table.of(claim, results) for claim in study.claims]
@@ -52,7 +54,8 @@ def write(study: Study, rows: Sequence[Row]) -> str:
         sheets = [sheet.file for sheet in study.sheets if (study.plots / sheet.file).exists()]
         for file in sheets:
             shutil.copyfile(study.plots / file, folder / file)
-    parts = [f"# {study.title}", study.about.strip(), _provenance(study, results)]
+    state = _state(study, results)
+    parts = [f"# {study.title}", study.about.strip(), _provenance(study, results), *state]
     if pictured:
         parts.append(f"![{study.figure.title}]({study.plots.name}/figure.png)")  # type: ignore[union-attr]
     published = [_published(table, results) for table in study.tables]
@@ -61,7 +64,7 @@ def write(study: Study, rows: Sequence[Row]) -> str:
     with replacing_file(study.page) as draft:
         draft.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
     verdicts = [f"{_heading(table.claim)}: {table.verdict}" for table in tables]
-    return "\n\n".join(filter(None, [*published, "\n".join(verdicts)]))
+    return "\n\n".join(filter(None, [*published, *state, "\n".join(verdicts)]))
 
 
 @dataclass(frozen=True)
@@ -146,23 +149,53 @@ def _provenance(study: Study, results: Results) -> str:
             "Of a sweep, each data seed's run best on validation is reported, on test; real only "
             "and real plus synthetic are chosen apart."
         )
-    changed = [
-        (what, sum(differs(run, results[run.key]) for run in measured))
-        for what, differs in _CHANGES.items()
-    ]
-    lines += [
-        f"**{count} of these runs were measured with other {what} than the project has now**; "
-        "`--again` repeats them."
-        for what, count in changed
-        if count
-    ]
     return "\n\n".join(lines)
 
 
-_CHANGES: Mapping[str, Callable[[Run, Row], bool]] = {
-    "code": lambda run, row: run.code != row.code,
-    "models or params": lambda run, row: run.inputs != row.inputs,
-}
+def _state(study: Study, results: Results) -> list[str]:
+    """What of the rows was measured with other code, models or params, and what confirms it."""
+    runs = study.runs()
+    measured = [run for run in runs if run.key in results]
+    same = [run for run in measured if results[run.key].inputs == run.inputs]
+    now = [results[run.key] for run in same if results[run.key].code == run.code]
+    confirmed = [
+        row
+        for run in same
+        for row in [results[run.key]]
+        if row.code != run.code and row.confirmed == run.code
+    ]
+    lines = [_confirmation(now, confirmed)] if confirmed else []
+    if count := len(same) - len(now) - len(confirmed):
+        found = "; ".join(
+            f"{row.setting}, data seed {row.run[1]}: {row.differs}"
+            for row in refuted(runs, results).values()
+        )
+        how = f"them, since one came out otherwise ({found})" if found else "a sample of them"
+        lines.append(
+            f"**{count} of these runs were measured with other code than the project has now** and "
+            f"are not confirmed for it; `--again` repeats {how}."
+        )
+    if count := len(measured) - len(same):
+        lines.append(
+            f"**{count} of these runs were measured with other models or params than the project "
+            "has now**; `--again` repeats them."
+        )
+    return lines
+
+
+def _confirmation(now: Sequence[Row], confirmed: Sequence[Row]) -> str:
+    """Where the figures come from when some of them are of earlier code."""
+    origins = Counter(f"commit {r.commit}" if r.commit else f"code {r.code}" for r in confirmed)
+    earlier = ", ".join(f"{count} of {origin}" for origin, count in origins.items())
+    repeated = sum(row.repeats != "" for row in now)
+    samples = "; ".join(dict.fromkeys(row.confirmed_by for row in confirmed))
+    return (
+        f"With the code that the project has now, {len(now)} of these runs were measured. With "
+        f"earlier code: {earlier}, confirmed by a sample: runs were repeated "
+        "with the present code, and every figure came out the same to the last digit. Captions, "
+        "LoRAs, images and classifiers that other code had made were not reused for that. Repeated "
+        f"were {repeated} runs: {samples}."
+    )
 
 
 def _published(table: Published, results: Results) -> str:

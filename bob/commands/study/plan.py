@@ -43,6 +43,8 @@ class Run:
     """Hash of their params, the models and all other files that they read."""
     absent: tuple[str, ...]
     """Those of the files and folders that are not here."""
+    strict: bool = False
+    """Whether nothing that other code has made may be reused for it."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -53,7 +55,8 @@ class Run:
     def name(self) -> str:
         """Of the DVC experiment; runs of other code or inputs have other names."""
         decided = hashlib.sha256(repr((self.key, self.code, self.inputs)).encode()).hexdigest()
-        return f"study-{self.setting.name}-{self.data_seed}-{decided[:8]}"
+        name = f"study-{self.setting.name}-{self.data_seed}-{decided[:8]}"
+        return f"{name}-strict" if self.strict else name
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from dvc.repo import Repo
 from PIL import Image
 from scmrepo.exceptions import SCMError
 
+from bob.cache.items import TRIALS
 from bob.commands.study.plan import TARGETS, Run
 from bob.errors import BobError
 from bob.formats.layout import ACCURACY_METRICS, AUDIT, SYNTHETIC_METRICS
 
 SHEET = AUDIT / "contact_sheets/01.png"
 POLL_SECONDS = 5
+STRICT = "strict"
 IDLE_POLLS = 6  # polls without any worker after which none will come; one takes seconds to start
 
 Measured = Iterator[tuple[Run, dict[str, float]]]
@@ -38,6 +40,8 @@ def run_all(runs: Sequence[Run], jobs: int, keep: Callable[[Measured], None]) ->
 
     Goes on where it was killed: an experiment that finished meanwhile is not run again, one that
     waits in the queue or is being run is not queued twice. Returns the names of those that failed.
+
+    Strict runs need `strict()` around the call, and none that is not strict among them.
     """
     left = {run.name: run for run in runs}
     _environment(jobs)
@@ -48,6 +52,9 @@ def run_all(runs: Sequence[Run], jobs: int, keep: Callable[[Measured], None]) ->
         with Repo() as repo:
             queue = repo.experiments.celery_queue
             _bury(queue)
+            _clear(queue, left)
+            if any(run.strict for run in runs):
+                _wait_for_lax_workers(queue)
             _fill(repo, left)
             queue.start_workers(jobs)
         return _follow(left, keep)
@@ -69,24 +76,62 @@ def _environment(jobs: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
-def _fill(repo: Any, left: Mapping[str, Run]) -> None:
-    """Queue what is not in the queue yet; take out what an earlier study left there."""
-    status = _status(repo.experiments.celery_queue)
+@contextmanager
+def strict() -> Iterator[None]:
+    """What is run meanwhile, by workers too, reuses no item that other code has made."""
+    before = os.environ.get(TRIALS)
+    os.environ[TRIALS] = STRICT
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TRIALS]
+        else:
+            os.environ[TRIALS] = before
+
+
+def _clear(queue: Any, left: Mapping[str, Run]) -> None:
+    """Take out of the queue what an earlier study left there."""
     outdated = [
         name
-        for name, state in status.items()
+        for name, state in _status(queue).items()
         if name.startswith("study-")
         and (state == "Failed" or name not in left)
         and state not in ("Running", "Success")
     ]
     if outdated:
-        repo.experiments.celery_queue.remove(outdated)
+        queue.remove(outdated)
+
+
+def _wait_for_lax_workers(queue: Any) -> None:
+    """Wait for the end of workers that would not run strict runs as such.
+
+    A worker has the environment that it was started with. It ends when the queue is empty.
+    """
+    lax = [worker for worker in _workers(queue) if not _is_strict(worker)]
+    if lax:
+        click.echo("study: waiting for the worker of earlier runs, which ends when they have ended")
+        psutil.wait_procs(lax)
+
+
+def _is_strict(worker: psutil.Process) -> bool:
+    try:
+        return bool(worker.environ().get(TRIALS) == STRICT)
+    except psutil.Error:  # it has just ended
+        return False
+
+
+def _fill(repo: Any, left: Mapping[str, Run]) -> None:
+    """Queue what is not in the queue yet."""
+    status = _status(repo.experiments.celery_queue)
     for name, run in left.items():
         if status.get(name) not in ("Queued", "Running"):
             repo.experiments.run(
                 targets=list(TARGETS),
                 params=[*run.setting.written, f"data.seed={run.data_seed}"],
                 queue=True,
+                # Else DVC might restore a stage that was run with items of other code.
+                force=run.strict,
                 name=name,
                 message=f"Study: {run.setting.name}, data seed {run.data_seed}",
             )
@@ -94,25 +139,26 @@ def _fill(repo: Any, left: Mapping[str, Run]) -> None:
 
 def _bury(queue: Any) -> None:
     """End what stands as running although no worker is there any more: it was killed."""
-    if _has_worker(queue):
+    if _workers(queue):
         return
     dead = [name for name, state in _status(queue).items() if state == "Running"]
     if dead:
         queue.kill(dead, force=True)
 
 
-def _has_worker(queue: Any) -> bool:
-    """Whether a worker of this repository's queue is there.
+def _workers(queue: Any) -> list[psutil.Process]:
+    """The workers of this repository's queue.
 
-    Seen by its process: `queue.worker_status()` gives a worker one second to answer, and on a busy
-    machine it takes longer.
+    Seen by their processes: `queue.worker_status()` gives a worker one second to answer, and on a
+    busy machine it takes longer.
     """
     name = f"dvc-exp-{hashlib.sha256(queue.wdir.encode()).hexdigest()[:6]}-"  # as DVC makes it
-    commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
-    return any(
-        "queue-worker" in command and any(word.startswith(name) for word in command)
-        for command in commands
-    )
+    workers = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "queue-worker" in command and any(word.startswith(name) for word in command):
+            workers.append(process)
+    return workers
 
 
 def _follow(left: dict[str, Run], keep: Callable[[Measured], None]) -> list[str]:
@@ -123,7 +169,7 @@ def _follow(left: dict[str, Run], keep: Callable[[Measured], None]) -> list[str]
         # Opened anew: a repository that stays open does not see the references that others add.
         with Repo() as repo:
             queue = repo.experiments.celery_queue
-            status, working = _status(queue), _has_worker(queue)
+            status, working = _status(queue), bool(_workers(queue))
         keep(_finished(left))
         if not any(status.get(name) in ("Queued", "Running") for name in left):
             break
@@ -133,7 +179,7 @@ def _follow(left: dict[str, Run], keep: Callable[[Measured], None]) -> list[str]
 
 def _finished(left: dict[str, Run]) -> Measured:
     """Take the runs that are finished out of `left`, with their metrics."""
-    revisions = _revisions()
+    revisions = _revisions() if left else {}
     for name in [name for name in left if name in revisions]:
         yield left[name], metrics(revisions[name])
         del left[name]

@@ -2,14 +2,15 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bob.commands.study.plan import Arm, Run
 from bob.errors import BobError
 from bob.formats.files import write_csv
 
-COLUMNS = ("setting", "data_seed", "overrides", "code", "inputs")
+HISTORY = ("commit", "repeats", "differs", "confirmed", "confirmed_by")
+COLUMNS = ("setting", "data_seed", "overrides", "code", "inputs", *HISTORY)
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,41 @@ class Row:
     code: str
     inputs: str
     metrics: dict[str, float]
+    commit: str = ""
+    """The git commit of the code; ends in `-dirty` where something was not committed, and is empty
+    where it is not known."""
+    repeats: str = ""
+    """The earlier code whose row this run repeated as part of a sample."""
+    differs: str = ""
+    """What of that row did not come out the same, in words."""
+    confirmed: str = ""
+    """The later code for which a sample has confirmed the row."""
+    confirmed_by: str = ""
+    """That sample's runs and their commit."""
 
     @classmethod
-    def of(cls, run: Run, metrics: dict[str, float]) -> "Row":
-        """What `run` measured."""
-        return cls(run.setting.name, run.key, run.code, run.inputs, metrics)
+    def of(cls, run: Run, metrics: dict[str, float], commit: str = "") -> "Row":
+        """What `run` measured with the code of `commit`."""
+        return cls(run.setting.name, run.key, run.code, run.inputs, metrics, commit)
 
     def is_of(self, run: Run) -> bool:
-        """Whether it was measured with the code, models and params that `run` would have now."""
-        return (self.code, self.inputs) == (run.code, run.inputs)
+        """Whether it holds for the code, models and params that `run` would have now.
+
+        It was measured with them, or with other code and a sample has confirmed it for this.
+        """
+        return run.code in (self.code, self.confirmed) and self.inputs == run.inputs
+
+    def repeating(self, earlier: "Row") -> "Row":
+        """This row, marked as a repetition of what `earlier` holds."""
+        names = sorted({**earlier.metrics, **self.metrics})
+        pairs = [(name, earlier.metrics.get(name), self.metrics.get(name)) for name in names]
+        # As text, digit by digit: a value that is not a number is the same as another.
+        unequal = [pair for pair in pairs if str(pair[1]) != str(pair[2])]
+        differs = ""
+        if unequal:
+            name, was, now = unequal[0]
+            differs = f"{name} was {was}, is {now} ({len(unequal)} of {len(pairs)} figures differ)"
+        return replace(self, repeats=earlier.confirmed or earlier.code, differs=differs)
 
 
 def value(arm: Arm, seed: int, rows: Mapping[tuple[str, int], Row]) -> float | None:
@@ -67,6 +94,7 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
                 row.run[0],
                 row.code,
                 row.inputs,
+                *(getattr(row, name) for name in HISTORY),
                 *(row.metrics.get(name, "") for name in metrics),
             ]
             for row in rows
@@ -94,6 +122,8 @@ def read_results(path: Path) -> list[Row]:
                             for name, value in line.items()
                             if name not in COLUMNS and value != ""
                         },
+                        # A file that was written before there were samples has none of these.
+                        *(line.get(name, "") for name in HISTORY),
                     )
                 )
             except (KeyError, TypeError, ValueError):
