@@ -237,13 +237,13 @@ def test_the_prompts_and_the_rank_decide_a_clip_and_the_prompts_no_timm_network(
     def made(**changes: object) -> str:
         classify.run(classify_params(**{**changes, "epochs": 1, "seeds": [0]}))
         last_line = capfd.readouterr().out.splitlines()[-1]
-        return last_line[last_line.rindex("(") :]
+        return last_line.rpartition("; ")[2]
 
     def both(**changes: object) -> tuple[str, str]:
         return made(**{**LORA, **changes}), made()
 
-    assert both() == ("(0 reused, 2 made)", "(0 reused, 2 made)")
-    assert both() == ("(2 reused, 0 made)", "(2 reused, 0 made)")
+    assert both() == ("0 reused, 2 made", "0 reused, 2 made")
+    assert both() == ("2 reused, 0 made", "2 reused, 0 made")
     changes = {}
     if what == "lora_rank":
         changes = {"lora_rank": 2}
@@ -252,7 +252,7 @@ def test_the_prompts_and_the_rank_decide_a_clip_and_the_prompts_no_timm_network(
     else:
         for path in (layout.TRAIN, layout.VAL, layout.GENERATED, layout.CLASSES):
             path.write_text(path.read_text().replace("Red Square", "Red Tile"))
-    assert both(**changes) == ("(0 reused, 2 made)", "(2 reused, 0 made)")
+    assert both(**changes) == ("0 reused, 2 made", "2 reused, 0 made")
 
 
 # --- what stock libraries open -------------------------------------------------------------------
