@@ -31,7 +31,7 @@ class CountedCache(ItemCache):
         def logged(positions: list[int]) -> list[Any]:
             with Path(os.environ[LOG]).open("a") as log:
                 # One write: lines of several stay whole.
-                log.write(f"{self._stage} {len(positions)}\n")
+                log.write(f"{self.stage} {len(positions)}\n")
             made: list[Any] = make(positions)
             return made
 

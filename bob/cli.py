@@ -25,6 +25,7 @@ STAGES = {
     "export": "Export the best classifier to ONNX.",
     "benchmark": "Measure the ONNX model's accuracy, latency and throughput.",
 }
+CACHED = ("caption", "finetune", "generate", "classify", "audit")  # the stages with items
 
 
 class _Group(click.Group):
@@ -221,6 +222,28 @@ def cache(context: click.Context) -> None:
     with ItemCache() as items:
         for line in items.summary():
             click.echo(line)
+
+
+@cache.command()
+@click.argument("stages", nargs=-1, metavar="[STAGE]...", type=click.Choice(CACHED))
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.05,
+    show_default=True,
+    help="How much of the items is made again.",
+)
+def check(stages: tuple[str, ...], share: float) -> None:
+    """Make a random share of the cached items again, and forget what comes out otherwise.
+
+    Of all stages with items but finetune, of which a share is a whole fine-tuning, if none is
+    named. Exits with status 1 where an item came out otherwise.
+    """
+    _prepare_libraries()
+    from bob.commands.check import check as check_items
+
+    if not check_items(stages, share):
+        raise SystemExit(1)
 
 
 @cache.command()

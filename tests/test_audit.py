@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bob.cache.items import ItemCache
 from bob.formats.manifest import Generated
 from bob.formats.params import Params
 from bob.formats.photos import Photo, Task
@@ -77,7 +78,8 @@ def test_the_pictures_are_judged_by_the_captioner_and_not_by_their_prompts(repos
         "audit",
     )
     sample = audit.first_of_each_class(images, 3)
-    seen = audit.contexts_shown(sample, Task("aircraft", tuple(shown)), params)
+    with ItemCache("audit") as cache:
+        seen = audit.contexts_shown(sample, Task("aircraft", tuple(shown)), params, cache)
     assert [image.class_name for image in sample] == ["Heron 300"] * 3 + ["Pelican 400"] * 3
     assert [context and context.background for context in seen] == ["grass"] * 3 + ["ocean"] * 3
 

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 
 from bob.cache import recipe
+from bob.cache.check import CheckingCache
 from bob.cache.index import Index, Row
 from bob.cache.items import MAKE, TRIALS, ItemCache, Wanted
 from bob.cache.lists import Item, read_items, write_items
@@ -309,6 +310,53 @@ def test_nothing_is_made_where_that_is_forbidden(repository, monkeypatch):
     monkeypatch.setenv(MAKE, "nothing")  # nor for a trial
     with pytest.raises(BobError, match="6 of 10 items of test are not in the item cache"):
         take()
+
+
+# --- made again, to check --------------------------------------------------------------------
+
+
+def check(make, code=CODE_NOW, share=1.0, **more):
+    with CheckingCache("test", share) as cache:
+        rows = cache.take(wanted(code=code, **more), make, 4)
+        return [one.row.recipe for one in cache.differences], cache.checked, oids_of(rows)
+
+
+def test_a_check_makes_a_share_again_and_changes_nothing_where_it_is_the_same(repository):
+    take()
+    rows, runs = Index(INDEX).all(), Index(INDEX).last_runs()
+    make = Maker()
+    assert check(make)[:2] == ([], 10)
+    assert make.made == list(range(10)) and max(map(len, make.batches)) == 4
+    make = Maker()
+    assert check(make, share=0.25)[1] == len(make.made) == 3
+    assert [row.recipe for row in Index(INDEX).all()] == [row.recipe for row in rows]
+    assert Index(INDEX).last_runs() == runs
+
+
+def test_what_differs_in_a_check_is_forgotten_and_made_anew(repository):
+    take()
+    assert check(Otherwise(3))[:2] == ([KEYS[3]], 10)
+    make = Maker()
+    assert take(make=make)[1] == [3]
+
+
+def test_a_check_overrules_a_trial_that_was_wrong(repository):
+    """Position 5 was not on trial: the items of the earlier code were all taken."""
+    before()
+    assert len(now()[1]) == 4
+    on_trial = {row.recipe for row in Index(INDEX).all() if row.maker == CODE_NOW.id}
+    number = next(number for number, recipe in enumerate(KEYS) if recipe not in on_trial)
+    assert check(Otherwise(number))[0] == [KEYS[number]]
+    # Now what the earlier code has made is not taken, but for what was made again on trial.
+    assert now()[1] == [n for n, recipe in enumerate(KEYS) if recipe not in on_trial]
+
+
+def test_a_check_needs_everything_in_the_cache(repository):
+    take(KEYS[:7])
+    make = Maker()
+    with pytest.raises(BobError, match="3 of 10 items are not in the item cache; `dvc repro test`"):
+        check(make)
+    assert not make.made
 
 
 # --- what is not trusted ---------------------------------------------------------------------

@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -80,7 +80,7 @@ class ItemCache:
         self._store = ObjectStore()
         index = self._store.folder(_FOLDER) / "items.sqlite"
         self.index = Index(index, shared=self._store.shared)
-        self._stage = stage
+        self.stage = stage
         self.reused, self.made = 0, 0
         self._by_others, self._tried = 0, 0
         self._because: dict[str, None] = {}  # a set in the order of its making
@@ -94,10 +94,14 @@ class ItemCache:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is None and self._stage:
-            because = "; ".join(self._because) if self.made else ""
-            self.index.record_run(LastRun(self._stage, self.reused, self.made, because))
+        if kind is None:
+            self._ended()
         self._store.close()
+
+    def _ended(self) -> None:
+        if self.stage:
+            because = "; ".join(self._because) if self.made else ""
+            self.index.record_run(LastRun(self.stage, self.reused, self.made, because))
 
     def folder(self, name: str) -> Path:
         """A folder in DVC's cache for what is no object; it is made where it is missing."""
@@ -192,7 +196,7 @@ class ItemCache:
     def _check_may_make(self, missing: int, total: int) -> None:
         if os.environ.get(MAKE) == "nothing":
             raise BobError(
-                f"{MAKE} is `nothing`, and {missing:,} of {total:,} items of {self._stage} are not "
+                f"{MAKE} is `nothing`, and {missing:,} of {total:,} items of {self.stage} are not "
                 "in the item cache"
             )
 
@@ -205,7 +209,7 @@ class ItemCache:
         self, batch: Sequence[str], maker: str, items: Sequence[bytes]
     ) -> dict[str, Row]:
         rows = [
-            Row(recipe, maker, self._put(item), len(item), self._stage)
+            Row(recipe, maker, self._put(item), len(item), self.stage)
             for recipe, item in zip(batch, items, strict=True)
         ]
         self.index.add(rows)
@@ -306,7 +310,7 @@ class ItemCache:
                 how = f" ({wanted.differing(self.read(rows[unequal[0]].oid), new)})"
             changes = ", ".join(self._code_changes(other, wanted.maker))
             tqdm.write(
-                f"{self._stage}: the code has changed ({changes}); {len(unequal)} of {len(batch)} "
+                f"{self.stage}: the code has changed ({changes}); {len(unequal)} of {len(batch)} "
                 f"items on trial came out otherwise{how}, so none of the {len(rows)} that the "
                 "earlier code has made is reused",
                 file=sys.stderr,
@@ -316,7 +320,7 @@ class ItemCache:
     def _explain(self, wanted: Wanted, made_by: Mapping[str, Mapping[str, Row]]) -> None:
         """Keep, in words, why items are not there: other code, or another family."""
         others = [maker for maker in made_by if maker != wanted.maker.id]
-        families = self.index.families(self._stage)
+        families = self.index.families(self.stage)
         if others:
             changed = [self._code_changes(one, wanted.maker) for one in others]
             self._because[f"other code: {_shortest(changed)}"] = None
@@ -330,7 +334,7 @@ class ItemCache:
             ]
             if alike:
                 self._because[_shortest(alike)] = None
-        self.index.record_family(self._stage, wanted.family_id, wanted.family)
+        self.index.record_family(self.stage, wanted.family_id, wanted.family)
 
     def _code_changes(self, maker: str, present: Maker) -> list[str]:
         known = self.index.maker(maker)
@@ -383,12 +387,13 @@ class ItemCache:
 
     def _is_whole(self, oid: str) -> bool:
         try:
-            return _md5_of(self._store.path(oid)) == oid
+            with self._store.path(oid).open("rb") as file:
+                return hashlib.file_digest(file, _md5).hexdigest() == oid
         except OSError:
             return False
 
     def _put(self, item: bytes) -> str:
-        oid = _md5(item).hexdigest()
+        oid = md5_of(item)
         if not self._is_whole(oid):
             self._store.add(oid, item)
         return oid
@@ -419,12 +424,19 @@ class ItemCache:
 
         Of other makers that which is known to be the same; what a trial would tell is not known.
         """
+        return {row.recipe: row.oid for row in self._same(wanted) if self._store.exists(row.oid)}
+
+    def present(self, wanted: Wanted) -> dict[str, Row]:
+        """Recipe -> row of what `take` would reuse without a trial; damaged objects are removed."""
+        return self._whole(self._same(wanted))
+
+    def _same(self, wanted: Wanted) -> Iterator[Row]:
+        """Of each recipe a row by the present maker, or else by one known to make the same."""
         same, _ = self._judged(wanted)
-        return {
-            row.recipe: row.oid
-            for row in self.index.find(wanted.recipes)
-            if row.maker in same and self._store.exists(row.oid)
-        }
+        rows = [row for row in self.index.find(wanted.recipes) if row.maker in same]
+        return iter(
+            sorted(rows, key=lambda row: row.maker == wanted.maker.id)
+        )  # the last one counts
 
     # --- what `bob cache` does -----------------------------------------------------------------
 
@@ -482,7 +494,7 @@ class ItemCache:
             content = Path(item.file).read_bytes()
         else:
             return None
-        if _md5(content).hexdigest() != item.oid:
+        if md5_of(content) != item.oid:
             return None
         self._put(content)
         return len(content)
@@ -491,9 +503,9 @@ class ItemCache:
 _md5 = partial(hashlib.md5, usedforsecurity=False)
 
 
-def _md5_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, _md5).hexdigest()
+def md5_of(item: bytes) -> str:
+    """The name of the object that holds an item."""
+    return _md5(item).hexdigest()
 
 
 def _shortest(changes: Iterable[list[str]]) -> str:

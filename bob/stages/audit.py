@@ -68,7 +68,10 @@ def context_metrics(task: Task, generated: Sequence[Generated], params: Params) 
         "generated": [(image.class_name, image.context) for image in generated if image.context],
     }
     asked = first_of_each_class(generated, params.audit.captioned_per_class)
-    shown = contexts_shown(asked, task, params) if asked else []
+    shown: list[Context | None] = []
+    if asked:
+        with ItemCache("audit") as cache:
+            shown = contexts_shown(asked, task, params, cache)
     if asked:
         pairs["pictures"] = [
             (image.class_name, context)
@@ -133,7 +136,15 @@ def first_of_each_class(generated: Sequence[Generated], count: int) -> list[Gene
     return first
 
 
-def contexts_shown(images: Sequence[Generated], task: Task, params: Params) -> list[Context | None]:
+def take_items(params: Params, cache: ItemCache) -> list[Context | None]:
+    """What the captioner sees in the images that it is asked about."""
+    asked = first_of_each_class(read_manifest(), params.audit.captioned_per_class)
+    return contexts_shown(asked, read_task(), params, cache)
+
+
+def contexts_shown(
+    images: Sequence[Generated], task: Task, params: Params, cache: ItemCache
+) -> list[Context | None]:
     """What the captioner sees in each image, whatever its prompt asked for; None: no usable answer.
 
     The same questions as of the shots, and answers are accepted by the same rules.
@@ -143,11 +154,10 @@ def contexts_shown(images: Sequence[Generated], task: Task, params: Params) -> l
         Photo(path.as_posix(), image.class_name, sha256(path))
         for path, image in zip(paths, images, strict=True)
     ]
-    with ItemCache("audit") as cache:
-        ask = cached_ask(cache, params.caption)
-        backgrounds, poses = (
-            accepted_answers(ask, photos, attribute, task) for attribute in ATTRIBUTES
-        )
+    ask = cached_ask(cache, params.caption)
+    backgrounds, poses = (
+        accepted_answers(ask, photos, attribute, task) for attribute in ATTRIBUTES
+    )
     return [
         Context(backgrounds[i], poses[i]) if i in backgrounds and i in poses else None
         for i in range(len(images))

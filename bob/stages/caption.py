@@ -37,21 +37,25 @@ def run(params: Params) -> None:
     Answers that this repository has had before come from the item cache.
     """
     settings = params.caption
-    task, photos = read_task(), read_photos(TRAIN)
     items: list[Item] = []
-    if settings.bank != "captioner":
-        entries = entries_of(photos, Path(settings.bank))
-        asked = f"contexts from {settings.bank}"
-    else:
-        with ItemCache("caption") as cache:
-            ask = cached_ask(cache, settings, items)
-            entries = captioned(ask, photos, task)
+    with ItemCache("caption") as cache:
+        entries = take_items(params, cache, items)
+    asked = f"contexts from {settings.bank}"
+    if settings.bank == "captioner":
         asked = f"answers: {cache.account}"
     with replacing(CAPTION) as folder:
         write_bank(folder / BANK.name, entries)
     write_items(CAPTION_ITEMS, items)
     distinct = len({entry.context for entry in entries if entry.context})
-    print(f"caption: {len(photos)} photos, {distinct} distinct contexts ({asked})")
+    print(f"caption: {len(entries)} photos, {distinct} distinct contexts ({asked})")
+
+
+def take_items(params: Params, cache: ItemCache, items: list[Item] | None = None) -> list[Entry]:
+    """The shots' entries in the bank; the answers that they are made of are added to `items`."""
+    settings, photos = params.caption, read_photos(TRAIN)
+    if settings.bank != "captioner":
+        return entries_of(photos, Path(settings.bank))
+    return captioned(cached_ask(cache, settings, items), photos, read_task())
 
 
 def cached_ask(cache: ItemCache, settings: Any, items: list[Item] | None = None) -> Ask:

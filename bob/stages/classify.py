@@ -48,36 +48,13 @@ SETS = ("real", "synthetic", "validation")  # of images, among what decides a cl
 def run(params: Params) -> None:
     """Train both variants with every seed and keep their weights, validation results and curves."""
     settings = params.classify
-    task = read_task()
-    real = labelled(read_photos(layout.TRAIN), task)
-    validation = labelled(read_photos(layout.VAL), task)
-    if not real:
-        raise BobError(f"{layout.TRAIN} lists no photo; `dvc repro split` draws the shots")
-    synthetic = read_synthetic(task)
-    if not validation:
-        click.echo("no validation photos: the last epoch of every run is kept")
-    if not synthetic:
-        click.echo(f"no synthetic images: {REAL_AND_SYNTHETIC} is {REAL_ONLY}")
-
+    trainer, task = trainer_of(params), read_task()
     backbone = open_backbone(settings.backbone)
-    trainer = Trainer(
-        backbone,
-        task,
-        recipe_of(settings),
-        real=real,
-        synthetic=synthetic,
-        validation=validation,
-    )
     files = trainer.files  # a backbone that is unfit shows before anything is trained
     planned = [(variant, seed) for seed in settings.seeds for variant in VARIANTS]
 
     with ItemCache("classify") as cache:
-        rows: dict[tuple[str, int], Row] = {}
-        for variant in VARIANTS:
-            wanted = classifiers_wanted(
-                cache, Path(settings.backbone), trainer, variant, settings.seeds
-            )
-            rows |= _taken(cache, wanted, trainer, variant, settings.seeds)
+        rows = take_items(params, cache, trainer)
         with replacing(layout.CLASSIFY) as folder:
             cache.place(
                 [rows[one].oid for one in planned], [weights_path(folder, *one) for one in planned]
@@ -116,6 +93,47 @@ def run(params: Params) -> None:
         ),
     )
     click.echo(f"{_summary(trained)}; {cache.account}")
+
+
+def trainer_of(params: Params) -> Trainer:
+    """What trains the classifiers, on the photos and images of the workspace.
+
+    Raises BobError where there is no photo to train on.
+    """
+    settings = params.classify
+    task = read_task()
+    real = labelled(read_photos(layout.TRAIN), task)
+    validation = labelled(read_photos(layout.VAL), task)
+    if not real:
+        raise BobError(f"{layout.TRAIN} lists no photo; `dvc repro split` draws the shots")
+    synthetic = read_synthetic(task)
+    if not validation:
+        click.echo("no validation photos: the last epoch of every run is kept")
+    if not synthetic:
+        click.echo(f"no synthetic images: {REAL_AND_SYNTHETIC} is {REAL_ONLY}")
+
+    return Trainer(
+        open_backbone(settings.backbone),
+        task,
+        recipe_of(settings),
+        real=real,
+        synthetic=synthetic,
+        validation=validation,
+    )
+
+
+def take_items(
+    params: Params, cache: ItemCache, trainer: Trainer | None = None
+) -> dict[tuple[str, int], Row]:
+    """(Variant, seed) -> classifier; trained where the cache has none."""
+    trainer, settings = trainer or trainer_of(params), params.classify
+    rows: dict[tuple[str, int], Row] = {}
+    for variant in VARIANTS:
+        wanted = classifiers_wanted(
+            cache, Path(settings.backbone), trainer, variant, settings.seeds
+        )
+        rows |= _taken(cache, wanted, trainer, variant, settings.seeds)
+    return rows
 
 
 def recipe_of(settings: Any) -> Recipe:

@@ -1,16 +1,15 @@
 """Stage finetune: LoRA on the text-to-image model, with context preservation (paper: step 2)."""
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from dvclive import Live
-from tqdm import tqdm
 
 from bob.cache.checkpoints import Checkpoint
+from bob.cache.index import Row
 from bob.cache.items import ItemCache, Wanted
 from bob.cache.lists import Item, write_items
 from bob.cache.recipe import item_key, maker_of
@@ -18,22 +17,12 @@ from bob.errors import BobError
 from bob.formats.files import replacing
 from bob.formats.layout import BANK, FINETUNE, FINETUNE_ITEMS, LORA, TRAIN
 from bob.formats.params import Params
-from bob.formats.photos import Photo, Task, batches, open_image, read_photos, read_task
+from bob.formats.photos import Photo, Task, read_photos, read_task
 from bob.formats.prompts import Entry, prompt, read_bank
-from bob.models import denoising, diffusion
+from bob.models import finetuning
 from bob.models.device import best_device, dtype_name, resolve_precision
-from bob.models.lora import LORA_FILE, add_lora, save_lora
+from bob.models.lora import LORA_FILE
 
-# The maker of a LoRA: the modules that train, and what they stand on.
-MADE_BY = (
-    "formats.photos",
-    "models.denoising",
-    "models.device",
-    "models.diffusion",
-    "models.lora",
-    "stages.finetune",
-)
-LIBRARIES = ("diffusers", "peft", "pillow", "torch", "transformers")
 # Of the parameters, those that decide the run beside model, captions and precision.
 DECIDING = (
     "rank",
@@ -46,7 +35,6 @@ DECIDING = (
     "compile",
     "seed",
 )
-ENCODE_BATCH = 8
 
 
 def run(params: Params) -> None:
@@ -61,30 +49,13 @@ def run(params: Params) -> None:
             f"finetune.gradient_accumulation {settings.gradient_accumulation} equal parts; make "
             "it a multiple"
         )
-    task, photos = read_task(), read_photos(TRAIN)
-    captions = training_captions(task, photos, read_bank(BANK), settings.context)
-
-    device, base_model = best_device(), Path(settings.base_model)
-    dtype = resolve_precision(settings.precision, device)
     with ItemCache("finetune") as cache:
-        wanted = lora_wanted(cache, photos, captions, settings, dtype)
-        checkpoint = Checkpoint(
-            cache.folder("checkpoints"),
-            item_key(recipe=wanted.recipes[0], maker=wanted.maker.id),
-        )
-
-        def make(numbers: list[int]) -> list[bytes]:
-            lora, losses = train(base_model, device, dtype, photos, captions, settings, checkpoint)
-            made = (lora, json.dumps(losses).encode())
-            return [made[number] for number in numbers]
-
-        lora, curve = cache.take(wanted, make, len(wanted.recipes))
+        lora, curve = take_items(params, cache)
         written = cache.read(curve.oid).decode()
         losses = json.loads(written)
         with replacing(FINETUNE) as folder:
             write_curves(folder / "curves", losses)
             cache.place([lora.oid], [folder / LORA.name / LORA_FILE])
-    checkpoint.remove()
     made = "trained" if cache.made else "reused"
     write_items(
         FINETUNE_ITEMS,
@@ -95,8 +66,34 @@ def run(params: Params) -> None:
     )
     print(
         f"finetune: LoRA of rank {settings.rank} {made}, {settings.epochs} epochs in "
-        f"{dtype_name(dtype)}" + (f", loss of the last {losses[-1]:.4f}" if losses else "")
+        f"{dtype_name(resolve_precision(settings.precision, best_device()))}"
+        + (f", loss of the last {losses[-1]:.4f}" if losses else "")
     )
+
+
+def take_items(params: Params, cache: ItemCache) -> list[Row]:
+    """The LoRA and the losses of its epochs; trained where the cache has none."""
+    settings = params.finetune
+    task, photos = read_task(), read_photos(TRAIN)
+    captions = training_captions(task, photos, read_bank(BANK), settings.context)
+    device, base_model = best_device(), Path(settings.base_model)
+    dtype = resolve_precision(settings.precision, device)
+    wanted = lora_wanted(cache, photos, captions, settings, dtype)
+    checkpoint = Checkpoint(
+        cache.folder("checkpoints"),
+        item_key(recipe=wanted.recipes[0], maker=wanted.maker.id),
+    )
+
+    def make(numbers: list[int]) -> list[bytes]:
+        lora, losses = finetuning.train(
+            base_model, device, dtype, photos, captions, settings, checkpoint
+        )
+        made = (lora, json.dumps(losses).encode())
+        return [made[number] for number in numbers]
+
+    rows = cache.take(wanted, make, len(wanted.recipes))
+    checkpoint.remove()
+    return rows
 
 
 def lora_wanted(
@@ -119,33 +116,9 @@ def lora_wanted(
     return Wanted(
         [item_key(item=item, **deciding) for item in ("lora", "losses")],
         {"item": "lora", **deciding},
-        maker_of(MADE_BY, LIBRARIES),
+        maker_of(finetuning.MADE_BY, finetuning.LIBRARIES),
         on_trial=False,
     )
-
-
-def train(
-    base_model: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    photos: Sequence[Photo],
-    captions: Sequence[str],
-    settings: Any,
-    checkpoint: Checkpoint,
-) -> tuple[bytes, list[float]]:
-    """Fine-tune on the captioned photos; the LoRA's file and the mean loss of every epoch."""
-    pipeline = diffusion.load(base_model, device)
-    means, stds = encode_photos(pipeline, photos)
-    pipeline.vae = None  # its memory is the training's from here on
-    tokens = diffusion.tokenize(pipeline, captions)
-    # Frozen weights need no more precision than they are multiplied in; LoRA's stay in fp32.
-    diffusion.cast(pipeline.unet, dtype)
-    diffusion.cast(pipeline.text_encoder, dtype)
-    parameters = add_lora(pipeline, settings.rank, settings.seed)
-    losses = denoising.train(pipeline, parameters, means, stds, tokens, settings, dtype, checkpoint)
-    with tempfile.TemporaryDirectory() as folder:
-        save_lora(pipeline, Path(folder))
-        return (Path(folder) / LORA_FILE).read_bytes(), losses
 
 
 def training_captions(
@@ -167,19 +140,6 @@ def training_captions(
         )
         for photo in photos
     ]
-
-
-def encode_photos(pipeline: Any, photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of every photo's latents, each (n, channels, h, w).
-
-    No flips: a pose says left and right.
-    """
-    encoded = [
-        denoising.encode_images(pipeline, [open_image(photo.path) for photo in batch])
-        for batch in tqdm(list(batches(photos, ENCODE_BATCH)), "encoding photos", disable=None)
-    ]
-    means, stds = zip(*encoded, strict=True)
-    return torch.cat(means), torch.cat(stds)
 
 
 def write_curves(folder: Path, losses: Sequence[float]) -> None:

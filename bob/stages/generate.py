@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from bob.cache.index import Row
 from bob.cache.items import ItemCache, Wanted
 from bob.cache.lists import Item, write_items
 from bob.cache.recipe import item_key, maker_of
@@ -28,16 +29,8 @@ def run(params: Params) -> None:
     """
     settings = params.generate
     planned = images_of(read_task(), read_bank(BANK), settings)
-    base_model = Path(params.finetune.base_model)
-    maker = image_maker(base_model, settings)
-
-    def make(numbers: list[int]) -> list[Image.Image]:
-        batch = [planned[number] for number in numbers]
-        return maker.make([image.prompt for image in batch], [image.seed for image in batch])
-
     with ItemCache("generate") as cache:
-        wanted = images_wanted(cache, base_model, cache.content_hash(LORA), maker, planned)
-        rows = cache.take(wanted, make, settings.batch_size, "generating", sampling.png)
+        rows = take_items(params, cache, planned)
         with replacing(GENERATE) as folder:
             (folder / "images").mkdir()
             cache.place([row.oid for row in rows], [folder / image.file for image in planned])
@@ -51,6 +44,24 @@ def run(params: Params) -> None:
         ),
     )
     print(f"generate: {len(planned)} images, context from {settings.context}: {cache.account}")
+
+
+def take_items(
+    params: Params, cache: ItemCache, planned: Sequence[Generated] | None = None
+) -> list[Row]:
+    """The planned images, in order; without a plan, those that the workspace asks for."""
+    settings = params.generate
+    if planned is None:
+        planned = images_of(read_task(), read_bank(BANK), settings)
+    base_model = Path(params.finetune.base_model)
+    maker = image_maker(base_model, settings)
+
+    def make(numbers: list[int]) -> list[Image.Image]:
+        batch = [planned[number] for number in numbers]
+        return maker.make([image.prompt for image in batch], [image.seed for image in batch])
+
+    wanted = images_wanted(cache, base_model, cache.content_hash(LORA), maker, planned)
+    return cache.take(wanted, make, settings.batch_size, "generating", sampling.png)
 
 
 def image_maker(base_model: Path, settings: Any) -> sampling.ImageMaker:

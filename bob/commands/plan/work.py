@@ -20,7 +20,7 @@ from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, read_photos, read_task
 from bob.formats.prompts import ATTRIBUTES, QUESTION, read_bank
 from bob.miniature import world
-from bob.models import denoising, diffusion, sampling
+from bob.models import denoising, diffusion, finetuning, sampling
 from bob.models.backbones import open_backbone
 from bob.models.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS
 from bob.models.device import best_device, resolve_precision
@@ -242,7 +242,7 @@ def _finetune(project: Project) -> Work:
     precision = project.gpu.precision(settings.precision)
     pipeline = networks.text_to_image(model_folder(project.params, "finetune", "base_model"))
     trained = pipeline.unet, pipeline.text_encoder
-    batch = min(len(photos), fine_tuning.ENCODE_BATCH)
+    batch = min(len(photos), finetuning.ENCODE_BATCH)
     encode = networks.encode_images(pipeline, batch)
     encoding = networks.weight_bytes(*trained, pipeline.vae) + encode.peak
     with networks.META:

@@ -1,0 +1,63 @@
+"""Training a LoRA on captioned photos, from the photos to the LoRA's file."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bob.cache.checkpoints import Checkpoint
+from bob.formats.photos import Photo, batches, open_image
+from bob.models import denoising, diffusion
+from bob.models.lora import LORA_FILE, add_lora, save_lora
+
+# The maker of a LoRA: the modules that train, and what they stand on.
+MADE_BY = (
+    "formats.photos",
+    "models.denoising",
+    "models.device",
+    "models.diffusion",
+    "models.finetuning",
+    "models.lora",
+)
+LIBRARIES = ("diffusers", "peft", "pillow", "torch", "transformers")
+ENCODE_BATCH = 8  # photos
+
+
+def train(
+    base_model: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    photos: Sequence[Photo],
+    captions: Sequence[str],
+    settings: Any,
+    checkpoint: Checkpoint,
+) -> tuple[bytes, list[float]]:
+    """Fine-tune on the captioned photos; the LoRA's file and the mean loss of every epoch."""
+    pipeline = diffusion.load(base_model, device)
+    means, stds = encode_photos(pipeline, photos)
+    pipeline.vae = None  # its memory is the training's from here on
+    tokens = diffusion.tokenize(pipeline, captions)
+    # Frozen weights need no more precision than they are multiplied in; LoRA's stay in fp32.
+    diffusion.cast(pipeline.unet, dtype)
+    diffusion.cast(pipeline.text_encoder, dtype)
+    parameters = add_lora(pipeline, settings.rank, settings.seed)
+    losses = denoising.train(pipeline, parameters, means, stds, tokens, settings, dtype, checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        save_lora(pipeline, Path(folder))
+        return (Path(folder) / LORA_FILE).read_bytes(), losses
+
+
+def encode_photos(pipeline: Any, photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of every photo's latents, each (n, channels, h, w).
+
+    No flips: a pose says left and right.
+    """
+    encoded = [
+        denoising.encode_images(pipeline, [open_image(photo.path) for photo in batch])
+        for batch in tqdm(list(batches(photos, ENCODE_BATCH)), "encoding photos", disable=None)
+    ]
+    means, stds = zip(*encoded, strict=True)
+    return torch.cat(means), torch.cat(stds)
