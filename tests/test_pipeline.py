@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -11,6 +12,9 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from bob.cli import STAGES
+from bob.commands.why import Causes
+from bob.dvc.forecast import UP_TO_DATE, Forecast
+from bob.dvc.pipeline import Pipeline
 from bob.formats.layout import ITEMS
 from tests.conftest import ROOT
 from tests.dvc_project import dvc, make_project, ran, read_params, restored, run, set_params
@@ -152,6 +156,78 @@ def test_every_parameter_reaches_the_stages_it_must_and_no_others(project):
         (project / "params.yaml").write_text(original)
         shutil.rmtree(project / "data/other")
         shutil.rmtree(project / "models/other")
+
+
+def foreseen(project, monkeypatch):
+    """What is not up to date, and by stage what `bob why` says of it."""
+    monkeypatch.chdir(project)
+    with Pipeline() as pipeline:
+        forecast = Forecast(pipeline)
+        causes = Causes(pipeline, forecast)
+        stale = {stage for stage, state in forecast.states.items() if state != UP_TO_DATE}
+        return stale, {stage: causes.of(stage)[0] for stage in pipeline.stages}
+
+
+def rows_of_the_readme():
+    """(What is changed, the stages that run again) by the table in the README; draw aside."""
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("| you change | runs again |")[2].partition("\n\n")[0]
+    above: set[str] = set()
+    for line in table.splitlines()[2:]:
+        what, again = (cell.strip() for cell in line.strip("|").split("|"))
+        stages = set(re.findall(rf"\b({'|'.join(STAGES)})\b", again.partition(":")[0]))
+        if "the above" in again:
+            stages |= above
+        if what.startswith("`") and what.endswith(".*`"):
+            above |= stages
+        yield what.strip("`"), stages
+
+
+CHANGES = {  # for each row a parameter
+    "benchmark.*": ("benchmark", "repeats"),
+    "classify.*": ("classify", "epochs"),
+    "generate.*": ("generate", "steps"),
+    "finetune.*": ("finetune", "rank"),
+    "caption.*": ("caption", "image_side"),
+    "data.*": ("data", "shots"),
+}
+
+
+@pytest.mark.slow
+def test_why_names_the_cause_of_each_row_of_the_readmes_table(project, monkeypatch):
+    original = (project / "params.yaml").read_text()
+    rows = dict(rows_of_the_readme())
+    assert rows.keys() == {
+        *CHANGES,
+        "a comment in `bob/stages/caption.py",
+        "anything, back to what it was",
+    }
+    for what, (section, key) in CHANGES.items():
+        old = read_params(project)[section][key]
+        set_params(project, {section: {key: old + 1}})
+        stale, causes = foreseen(project, monkeypatch)
+        assert stale == rows[what], what
+        said = {stage: [cause.text for cause in found] for stage, found in causes.items()}
+        direct = {stage for stage, found in causes.items() if any(not c.stage for c in found)}
+        assert direct == DIRECT[section], what
+        for stage in direct:
+            assert f"parameter {section}.{key} {old} -> {old + 1}" in said[stage], what
+        for stage in stale - direct:  # down to the stage whose own cause it is
+            assert {cause.stage for cause in causes[stage]} <= stale, what
+        (project / "params.yaml").write_text(original)
+    assert foreseen(project, monkeypatch) == (set(), {stage: [] for stage in STAGES})
+
+    module = project / "bob/stages/caption.py"
+    code = module.read_text()
+    try:
+        module.write_text(code + "# a comment\n")
+        _, causes = foreseen(project, monkeypatch)
+        own = {stage for stage, found in causes.items() if any(not one.stage for one in found)}
+        assert own == rows["a comment in `bob/stages/caption.py"] == {"caption", "audit"}
+        for stage in own:
+            assert causes[stage][0].text == "bob/stages/caption.py: comments or layout only"
+    finally:
+        module.write_text(code)
 
 
 @pytest.mark.slow
