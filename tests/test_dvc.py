@@ -5,17 +5,20 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from dvc.repo import Repo
 
+from bob.dvc import experiments
 from bob.dvc.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE, Forecast
 from bob.dvc.locks import release_dead
 from bob.dvc.pipeline import CHANGED, MISSING, NEW, UNCACHED, Pipeline
 from bob.dvc.repository import open_repository
 from bob.dvc.store import ObjectStore, copy_file
 from bob.errors import BobError
+from tests.dvc_project import environment, run
 
 PIPELINE = """\
 stages:
@@ -225,6 +228,65 @@ def test_files_of_a_dependency_then_and_now(repository):
         (out,) = forecast.dependencies["count"]
         assert forecast.recorded_files(out) is None is forecast.present_files(out)  # a file
         assert out.md5 == md5(b"abc")
+
+
+# --- experiments -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def committed(tmp_path, monkeypatch):
+    """A small pipeline in git, with metrics, as the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").write_text(
+        "stages:\n  one:\n    cmd: >-\n      mkdir -p out && echo picture > out/a &&"
+        ' echo \'{"a": {"size": ${size}}}\' > m.json\n'
+        "    outs: [out]\n    metrics: [{m.json: {cache: false}}]\n"
+    )
+    Path("params.yaml").write_text("size: 3\n")
+    changes = environment(tmp_path)
+    for name in changes.keys() - os.environ.keys():
+        monkeypatch.setenv(name, changes[name])
+    monkeypatch.setenv("PATH", changes["PATH"])
+    run(tmp_path, "git", "init", "--quiet")
+    run(tmp_path, sys.executable, "-m", "dvc", "init", "--quiet")
+    reproduce()  # an experiment keeps a file of metrics that git tracks already
+    run(tmp_path, "git", "add", "--all")
+    run(tmp_path, "git", "commit", "--quiet", "--message", "one")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_queue_and_what_an_experiment_leaves(committed):
+    with experiments.Queue() as queue:
+        assert queue.states() == {} and queue.workers() == []
+        for name, size in (("first", 4), ("second", 5)):
+            queue.put(name, targets=["one"], params=[f"size={size}"], message="m", force=False)
+        assert queue.states() == {"first": experiments.QUEUED, "second": experiments.QUEUED}
+        queue.remove(["second"])
+        assert queue.states() == {"first": experiments.QUEUED}
+        queue.start_workers(1)
+        (worker,) = wait_for(queue.workers)
+        assert "queue-worker" in worker.cmdline()
+    revision = wait_for(lambda: experiments.finished().get("first"))
+    assert experiments.metrics(Path("m.json"), revision) == {"a": {"size": 4}}
+    assert experiments.read_bytes(Path("out/a"), revision) == b"picture\n"
+    with pytest.raises(FileNotFoundError):
+        experiments.read_bytes(Path("out/b"), revision)
+    with experiments.Queue() as queue:
+        assert wait_for(lambda: queue.states() == {"first": experiments.SUCCESS})
+    other = committed.parent / "other"
+    other.mkdir()
+    experiments.begin_with_same_cache(other)
+    with Repo(str(other)) as repo:
+        assert Path(repo.cache.local_cache_dir) == committed / ".dvc/cache"
+
+
+def wait_for(what):
+    until = time.monotonic() + 120
+    while not (found := what()):
+        assert time.monotonic() < until
+        time.sleep(0.5)
+    return found
 
 
 # --- locks -----------------------------------------------------------------------------------

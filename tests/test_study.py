@@ -389,17 +389,17 @@ def test_a_sample_says_nothing_of_other_params_and_all_can_be_repeated(changed, 
 def test_dvc_restores_no_stage_of_a_strict_run(project):
     one = small().runs()[0]
     both = [one, replace(one, strict=True)]
-    repo = MagicMock()
-    repo.experiments.celery_queue.status.return_value = []
-    queue._fill(repo, {run.name: run for run in both})
-    asked = [call.kwargs for call in repo.experiments.run.call_args_list]
-    assert [(call["name"], call["force"]) for call in asked] == [
+    dvcs = MagicMock()
+    dvcs.states.return_value = {}
+    queue._fill(dvcs, {run.name: run for run in both})
+    asked = dvcs.put.call_args_list
+    assert [(call.args[0], call.kwargs["force"]) for call in asked] == [
         (one.name, False),
         (f"{one.name}-strict", True),
     ]
 
 
-def test_strict_runs_wait_for_workers_of_another_environment(monkeypatch):
+def test_strict_runs_wait_for_workers_of_another_environment():
     def worker(seconds):
         code = f"import time; print(flush=True); time.sleep({seconds})"
         process = psutil.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -410,8 +410,9 @@ def test_strict_runs_wait_for_workers_of_another_environment(monkeypatch):
     with queue.strict():
         strict = worker(30)
     try:
-        monkeypatch.setattr(queue, "_workers", lambda _: [lax, strict])
-        queue._wait_for_lax_workers(None)
+        dvcs = MagicMock()
+        dvcs.workers.return_value = [lax, strict]
+        queue._wait_for_lax_workers(dvcs)
         assert not lax.is_running()
         assert strict.is_running()
     finally:

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dvc.repo import Repo
 from ruamel.yaml import YAML
 
+from bob.dvc.experiments import begin_with_same_cache
 from bob.errors import BobError
 from bob.formats import params
 from bob.formats.files import read_json, replacing
@@ -68,10 +68,7 @@ def sandbox(values: Mapping[str, Any]) -> Iterator[Path]:
         (folder / "models").symlink_to(Path("models").absolute())
         with (folder / params.PARAMS).open("w", encoding="utf-8") as file:
             YAML(typ="safe").dump(values, file)
-        with Repo() as project:
-            cache = project.cache.local_cache_dir
-        with Repo.init(scratch, no_scm=True) as repo, repo.config.edit() as config:
-            config["cache"]["dir"] = cache
+        begin_with_same_cache(folder)
         yield folder
 
 

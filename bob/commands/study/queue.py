@@ -4,7 +4,6 @@ The queue and the experiments are DVC's, so `dvc queue status`, `dvc queue logs`
 `dvc exp apply` see every run, and what runs share is taken from DVC's caches.
 """
 
-import hashlib
 import io
 import os
 import sys
@@ -15,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import dvc.api
 import psutil
-from dvc.exceptions import DvcException
-from dvc.repo import Repo
 from PIL import Image
-from scmrepo.exceptions import SCMError
 
 from bob.cache.items import TRIALS
 from bob.commands.study.plan import TARGETS, Run
-from bob.errors import BobError
+from bob.dvc import experiments
+from bob.dvc.experiments import FAILED, QUEUED, RUNNING, SUCCESS, Queue
 from bob.formats.layout import ACCURACY_METRICS, AUDIT, SYNTHETIC_METRICS
 
 SHEET = AUDIT / "contact_sheets/01.png"
@@ -49,13 +45,12 @@ def run_all(runs: Sequence[Run], jobs: int, keep: Callable[[Measured], None]) ->
         keep(_finished(left))
         if not left:
             return []
-        with Repo() as repo:
-            queue = repo.experiments.celery_queue
+        with Queue() as queue:
             _bury(queue)
             _clear(queue, left)
             if any(run.strict for run in runs):
                 _wait_for_lax_workers(queue)
-            _fill(repo, left)
+            _fill(queue, left)
             queue.start_workers(jobs)
         return _follow(left, keep)
     except KeyboardInterrupt:
@@ -65,8 +60,6 @@ def run_all(runs: Sequence[Run], jobs: int, keep: Callable[[Measured], None]) ->
             err=True,
         )
         raise
-    except (DvcException, SCMError) as error:
-        raise BobError(" ".join(str(error).split())) from None
 
 
 def _environment(jobs: int) -> None:
@@ -90,25 +83,25 @@ def strict() -> Iterator[None]:
             os.environ[TRIALS] = before
 
 
-def _clear(queue: Any, left: Mapping[str, Run]) -> None:
+def _clear(queue: Queue, left: Mapping[str, Run]) -> None:
     """Take out of the queue what an earlier study left there."""
     outdated = [
         name
-        for name, state in _status(queue).items()
+        for name, state in queue.states().items()
         if name.startswith("study-")
-        and (state == "Failed" or name not in left)
-        and state not in ("Running", "Success")
+        and (state == FAILED or name not in left)
+        and state not in (RUNNING, SUCCESS)
     ]
     if outdated:
         queue.remove(outdated)
 
 
-def _wait_for_lax_workers(queue: Any) -> None:
+def _wait_for_lax_workers(queue: Queue) -> None:
     """Wait for the end of workers that would not run strict runs as such.
 
     A worker has the environment that it was started with. It ends when the queue is empty.
     """
-    lax = [worker for worker in _workers(queue) if not _is_strict(worker)]
+    lax = [worker for worker in queue.workers() if not _is_strict(worker)]
     if lax:
         click.echo("study: waiting for the worker of earlier runs, which ends when they have ended")
         psutil.wait_procs(lax)
@@ -121,44 +114,28 @@ def _is_strict(worker: psutil.Process) -> bool:
         return False
 
 
-def _fill(repo: Any, left: Mapping[str, Run]) -> None:
+def _fill(queue: Queue, left: Mapping[str, Run]) -> None:
     """Queue what is not in the queue yet."""
-    status = _status(repo.experiments.celery_queue)
+    states = queue.states()
     for name, run in left.items():
-        if status.get(name) not in ("Queued", "Running"):
-            repo.experiments.run(
-                targets=list(TARGETS),
+        if states.get(name) not in (QUEUED, RUNNING):
+            queue.put(
+                name,
+                targets=TARGETS,
                 params=[*run.setting.written, f"data.seed={run.data_seed}"],
-                queue=True,
+                message=f"Study: {run.setting.name}, data seed {run.data_seed}",
                 # Else DVC might restore a stage that was run with items of other code.
                 force=run.strict,
-                name=name,
-                message=f"Study: {run.setting.name}, data seed {run.data_seed}",
             )
 
 
-def _bury(queue: Any) -> None:
+def _bury(queue: Queue) -> None:
     """End what stands as running although no worker is there any more: it was killed."""
-    if _workers(queue):
+    if queue.workers():
         return
-    dead = [name for name, state in _status(queue).items() if state == "Running"]
+    dead = [name for name, state in queue.states().items() if state == RUNNING]
     if dead:
-        queue.kill(dead, force=True)
-
-
-def _workers(queue: Any) -> list[psutil.Process]:
-    """The workers of this repository's queue.
-
-    Seen by their processes: `queue.worker_status()` gives a worker one second to answer, and on a
-    busy machine it takes longer.
-    """
-    name = f"dvc-exp-{hashlib.sha256(queue.wdir.encode()).hexdigest()[:6]}-"  # as DVC makes it
-    workers = []
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        if "queue-worker" in command and any(word.startswith(name) for word in command):
-            workers.append(process)
-    return workers
+        queue.kill(dead)
 
 
 def _follow(left: dict[str, Run], keep: Callable[[Measured], None]) -> list[str]:
@@ -167,11 +144,10 @@ def _follow(left: dict[str, Run], keep: Callable[[Measured], None]) -> list[str]
     while left and idle < IDLE_POLLS:
         time.sleep(POLL_SECONDS)
         # Opened anew: a repository that stays open does not see the references that others add.
-        with Repo() as repo:
-            queue = repo.experiments.celery_queue
-            status, working = _status(queue), bool(_workers(queue))
+        with Queue() as queue:
+            states, working = queue.states(), bool(queue.workers())
         keep(_finished(left))
-        if not any(status.get(name) in ("Queued", "Running") for name in left):
+        if not any(states.get(name) in (QUEUED, RUNNING) for name in left):
             break
         idle = 0 if working else idle + 1
     return list(left)
@@ -179,7 +155,7 @@ def _follow(left: dict[str, Run], keep: Callable[[Measured], None]) -> list[str]
 
 def _finished(left: dict[str, Run]) -> Measured:
     """Take the runs that are finished out of `left`, with their metrics."""
-    revisions = _revisions() if left else {}
+    revisions = experiments.finished() if left else {}
     for name in [name for name in left if name in revisions]:
         yield left[name], metrics(revisions[name])
         del left[name]
@@ -190,22 +166,11 @@ def contact_sheets(names: Iterable[str]) -> Iterator[tuple[str, Image.Image]]:
 
     One whose sheet is no longer in DVC's cache is left out.
     """
-    revisions = _revisions()
+    revisions = experiments.finished()
     for name in names:
         if name in revisions:
-            files = dvc.api.DVCFileSystem(rev=revisions[name])
             with suppress(FileNotFoundError):
-                yield name, Image.open(io.BytesIO(files.read_bytes(SHEET.as_posix())))
-
-
-def _revisions() -> dict[str, str]:
-    """Name -> revision of every experiment that is finished."""
-    with Repo() as repo:
-        return {
-            name: revision
-            for experiments in repo.experiments.ls(all_commits=True).values()
-            for name, revision in experiments
-        }
+                yield name, Image.open(io.BytesIO(experiments.read_bytes(SHEET, revisions[name])))
 
 
 def metrics(revision: str) -> dict[str, float]:
@@ -213,7 +178,7 @@ def metrics(revision: str) -> dict[str, float]:
     return {
         name: value
         for path in (ACCURACY_METRICS, SYNTHETIC_METRICS)
-        for name, value in numbers(dvc.api.metrics_show(path.as_posix(), rev=revision))
+        for name, value in numbers(experiments.metrics(path, revision))
     }
 
 
@@ -224,11 +189,3 @@ def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
             yield from numbers(value, f"{prefix}{name}.")
         elif isinstance(value, int | float):
             yield f"{prefix}{name}", float(value)
-
-
-def _status(queue: Any) -> dict[str, str]:
-    """Name -> state. Of several tasks of one name, the one that is furthest from its end counts."""
-    states: dict[str, str] = {}
-    for task in reversed(queue.status()):  # DVC lists running, queued, failed, done
-        states[task["name"]] = task["status"]
-    return states
