@@ -384,10 +384,16 @@ def fill(project, name, setting):
     return rows, (project / f"docs/{name}-study.md").read_text(), output
 
 
+@pytest.fixture(scope="module")
+def real_project(tmp_path_factory):
+    """One for all tables: what their runs share is made once."""
+    return make_project(tmp_path_factory.mktemp("tables"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_part_of_the_papers_main_table_is_filled_by_dvc(tmp_path):
-    project = make_project(tmp_path)
+def test_a_part_of_the_papers_main_table_is_filled_by_dvc(real_project):
+    project = real_project
     make_small(project, "table-1", [0.2, 0.8])
     rows, text, output = fill(project, "table-1", "clip-aircraft-sd21-bob")
     assert "study: 2 runs, 0 measured" in output
@@ -411,8 +417,10 @@ def test_a_part_of_the_papers_main_table_is_filled_by_dvc(tmp_path):
         ("context-sources", "gpt-contexts", "Contexts from", "100 written by GPT"),
     ],
 )
-def test_a_part_of_the_papers_other_tables_is_filled_by_dvc(tmp_path, name, setting, title, label):
-    project = make_project(tmp_path)
+def test_a_part_of_the_papers_other_tables_is_filled_by_dvc(
+    real_project, name, setting, title, label
+):
+    project = real_project
     make_small(project, name, [0.5])
     (row,), text, _ = fill(project, name, setting)
     columns, cells = table(text, title)
