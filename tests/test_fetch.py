@@ -170,6 +170,7 @@ def test_mistakes_are_told_in_one_line_and_leave_nothing(hub, project, model, fo
     assert listing(project / "models") == set()
 
 
+@pytest.mark.slow  # the client asks again, for twenty seconds
 def test_an_unreachable_hub_is_told_in_one_line(project):
     result = fetch("http://127.0.0.1:9", f"org/plain@{COMMIT}", "models/x")
     assert result.returncode == 1

@@ -265,24 +265,6 @@ def test_a_comment_in_the_code_reruns_its_stage_and_the_wave_stops_there(project
         dvc(project, "repro")
 
 
-@pytest.mark.slow
-def test_every_stage_runs_again_to_the_same_bytes(project):
-    """All but the timings, which are no stage's dependency."""
-
-    def hashes():
-        lock = YAML(typ="safe").load((project / "dvc.lock").read_text())
-        return {
-            out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]
-        }
-
-    before = hashes()
-    assert ran(dvc(project, "repro", "--force")) == set(STAGES)
-    after = hashes()
-    timings = {"metrics/onnx.json", "results/benchmark"}
-    assert before.keys() == after.keys()
-    assert {path for path in before if before[path] != after[path]} <= timings
-
-
 # --- what a user reads afterwards ------------------------------------------------------------
 
 
