@@ -311,8 +311,8 @@ def test_a_sample_that_comes_out_the_same_confirms_the_others(changed, monkeypat
             assert row.confirmed_by == f"{names} at {second[:10]}"
     text = page_text()
     assert "With the code that the project has now, 3 of these runs were measured. " in text
-    assert f"With earlier code: 5 of commit {first[:10]}, confirmed by a sample: " in text
-    assert f"Repeated were 3 runs: {names} at {second[:10]}." in text
+    assert f"With earlier code: 5 of commit {first[:10]}, confirmed by a sample. " in text
+    assert f"Its runs ({names} at {second[:10]}) were repeated with the present code" in text
     assert "than the project has now" not in text
     assert queued(monkeypatch, again=True, sample=3) == []
 
@@ -648,6 +648,6 @@ def test_a_small_study_is_killed_goes_on_and_is_confirmed_after_a_change_of_code
     assert again[2]["repeats"] == rows[2]["code"] != again[2]["code"], "the only one that is drawn"
     assert sum(row["confirmed"] != "" for row in again[:2]) == 1
     assert (
-        "2 of these runs were measured with the code that the project has now"
+        "With the code that the project has now, 2 of these runs were measured"
         in (project / "docs/small-study.md").read_text()
     )

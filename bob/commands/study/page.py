@@ -187,14 +187,12 @@ def _confirmation(now: Sequence[Row], confirmed: Sequence[Row]) -> str:
     """Where the figures come from when some of them are of earlier code."""
     origins = Counter(f"commit {r.commit}" if r.commit else f"code {r.code}" for r in confirmed)
     earlier = ", ".join(f"{count} of {origin}" for origin, count in origins.items())
-    repeated = sum(row.repeats != "" for row in now)
     samples = "; ".join(dict.fromkeys(row.confirmed_by for row in confirmed))
     return (
         f"With the code that the project has now, {len(now)} of these runs were measured. With "
-        f"earlier code: {earlier}, confirmed by a sample: runs were repeated "
-        "with the present code, and every figure came out the same to the last digit. Captions, "
-        "LoRAs, images and classifiers that other code had made were not reused for that. Repeated "
-        f"were {repeated} runs: {samples}."
+        f"earlier code: {earlier}, confirmed by a sample. Its runs ({samples}) were repeated with "
+        "the present code, and every figure came out the same to the last digit. They reused no "
+        "caption, LoRA, image or classifier that other code had made."
     )
 
 

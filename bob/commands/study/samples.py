@@ -50,19 +50,13 @@ def refuted(runs: Sequence[Run], rows: Rows) -> dict[str, Row]:
 
 
 def choose(runs: Sequence[Run], rows: Rows, size: int) -> list[Run]:
-    """The runs to repeat: `size`, or one of each group that is not refuted if these are more.
+    """The runs to repeat: `size`, or one of each group if these are more.
 
     One after the other, that which adds the most to those chosen: a group of its own, then what it
     does otherwise than they, then its data seed, then its setting. Among equals a hash of run and
     code decides. The same runs are chosen again when some of them have been repeated.
     """
-    known = refuted(runs, rows)
-    group_of = {
-        run.key: code
-        for code, group in groups(runs, rows).items()
-        if code not in known
-        for run in group
-    }
+    group_of = {run.key: code for code, group in groups(runs, rows).items() for run in group}
     waiting = sorted((run for run in runs if run.key in group_of), key=_hash)
     chosen: list[Run] = []
     while waiting:
