@@ -56,7 +56,7 @@ class Row:
     stage: str
     inode: int | None = None
     changed: int | None = None
-    """The object's inode and time of change in ns, when it was last hashed and found whole."""
+    """The object's inode and modification time in ns, when it was last hashed and found whole."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Index:
         return self._transact(lambda db: list(_rows(db.execute(query))))
 
     def found_whole(self, rows: Iterable[Row]) -> None:
-        """Keep the rows' inodes and times of change."""
+        """Keep the rows' inodes and modification times."""
         values = [(row.inode, row.changed, row.recipe, row.maker, row.oid) for row in rows]
         query = "UPDATE items SET inode = ?, changed = ? WHERE recipe = ? AND maker = ? AND oid = ?"
         self._transact(lambda db: db.executemany(query, values))

@@ -8,8 +8,8 @@ of a repository shares; the map is an SQLite file beside it.
 
 An object is written before its row in the index, so a process that is killed leaves at worst an
 object without a row, and loses at most the batch it was making, with what of the one before was
-still on its way to the disk. Whatever is taken is hashed first: DVC itself does not notice an
-altered object.
+still on its way to the disk. An object is hashed when it is first taken, and again when its file has
+changed since: DVC itself does not notice an altered object.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class Wanted:
 
     recipes: Sequence[str]
     family: Mapping[str, object]
-    """What all of them have in common, as it went into the recipes."""
+    """What all of them have in common, and may be tried together."""
     maker: Maker
     covering: Callable[[Sequence[int]], Iterable[int]] = _nothing
     """Of these positions in `recipes`, those that a trial should not leave out."""
@@ -348,7 +348,7 @@ class ItemCache:
         """Recipe -> row of those whose objects are there and whole; the others are forgotten.
 
         An object is hashed when it is first taken, and again when it was changed since: as DVC does
-        it, by inode, size and time of change.
+        it, by inode, size and modification time.
         """
         present, hashed, lost = {}, [], []
         for row in rows:
