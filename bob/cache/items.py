@@ -8,8 +8,8 @@ of a repository shares; the map is an SQLite file beside it.
 
 An object is written before its row in the index, so a process that is killed leaves at worst an
 object without a row, and loses at most the batch it was making, with what of the one before was
-still on its way to the disk. An object is hashed when it is first taken, and again when its file has
-changed since: DVC itself does not notice an altered object.
+still on its way to the disk. An object is hashed when it is first taken, and again when its file
+has changed since: DVC itself does not notice an altered object.
 """
 
 import hashlib
