@@ -337,6 +337,19 @@ def test_one_difference_repeats_all_and_is_told(changed, monkeypatch, capsys):
     assert "than the project has now" not in page_text()
 
 
+def test_a_sample_needs_as_many_threads_as_the_runs_had(changed, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    queued(monkeypatch, again=True, sample=2)
+    assert {row.threads for row in rows_of(small()).values()} == {"1"}, "confirmed: so had they"
+    change_code(changed, "bob/parent.py")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = small().results.read_bytes()
+    with pytest.raises(BobError, match=r"had 1 threads each and would have 2 now.*OMP_NUM_THREADS"):
+        queued(monkeypatch, again=True, sample=2)
+    assert small().results.read_bytes() == before
+    assert len(queued(monkeypatch, again=True, sample=0)) == 8
+
+
 def test_a_sample_that_was_killed_is_not_chosen_anew(changed, monkeypatch):
     study = small()
     kept = study.results.read_bytes()

@@ -62,6 +62,7 @@ class _Campaign:
         self._plan, self._everything, self._jobs = plan, everything, jobs
         self._rows = {row.run: row for row in read_results(plan.results)}
         self._commit = samples.commit_of_code()
+        self._threads = queue.threads(jobs)
 
     def run(self, runs: Sequence[Run], again: bool, size: int) -> list[str]:
         """Run those of `runs` that are to be run; the names of those that failed."""
@@ -103,6 +104,13 @@ class _Campaign:
                 f"bob/ or {PIPELINE} has changes that are not committed, and a sample confirms "
                 "runs for a commit; commit them, or repeat all runs with --sample 0"
             )
+        others = {rows[run.key].threads for run in chosen} - {"", self._threads}
+        if others:
+            raise BobError(
+                f"the runs to repeat had {' or '.join(sorted(others))} threads each and would have "
+                f"{self._threads} now, which changes the last digits; set OMP_NUM_THREADS or "
+                "--jobs as they were, or repeat all runs with --sample 0"
+            )
         failed = self._measure_strictly(chosen, in_sample=True)
         confirmed = samples.confirm(runs, rows, chosen, self._commit)
         if confirmed:
@@ -131,7 +139,7 @@ class _Campaign:
 
         def keep(measured: Iterable[tuple[Run, dict[str, float]]]) -> None:
             for run, metrics in measured:
-                row = Row.of(run, metrics, self._commit)
+                row = Row.of(run, metrics, self._commit, self._threads)
                 self._keep(row.repeating(self._rows[run.key]) if in_sample else row)
                 left.remove(run.key)
                 name = run.setting.name

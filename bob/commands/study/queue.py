@@ -65,8 +65,15 @@ def run_all(runs: Sequence[Run], jobs: int, keep: Callable[[Measured], None]) ->
 def _environment(jobs: int) -> None:
     """For the workers, which inherit it: DVC starts `dvc` and `python` from the PATH."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    # With as many threads as cores in each job, the jobs would wait for each other.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    os.environ["OMP_NUM_THREADS"] = threads(jobs)
+
+
+def threads(jobs: int) -> str:
+    """How many each of `jobs` runs has: OMP_NUM_THREADS, or else an equal share of the cores.
+
+    With as many threads as cores in each, they would wait for each other.
+    """
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
 
 
 @contextmanager

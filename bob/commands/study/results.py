@@ -9,7 +9,7 @@ from bob.commands.study.plan import Arm, Run
 from bob.errors import BobError
 from bob.formats.files import write_csv
 
-HISTORY = ("commit", "repeats", "differs", "confirmed", "confirmed_by")
+HISTORY = ("commit", "repeats", "differs", "confirmed", "confirmed_by", "threads")
 COLUMNS = ("setting", "data_seed", "overrides", "code", "inputs", *HISTORY)
 
 
@@ -34,11 +34,15 @@ class Row:
     """The later code for which a sample has confirmed the row."""
     confirmed_by: str = ""
     """That sample's runs and their commit."""
+    threads: str = ""
+    """How many it had, since they decide the last digits; empty where that is not known."""
 
     @classmethod
-    def of(cls, run: Run, metrics: dict[str, float], commit: str = "") -> "Row":
+    def of(cls, run: Run, metrics: dict[str, float], commit: str = "", threads: str = "") -> "Row":
         """What `run` measured with the code of `commit`."""
-        return cls(run.setting.name, run.key, run.code, run.inputs, metrics, commit)
+        return cls(
+            run.setting.name, run.key, run.code, run.inputs, metrics, commit, threads=threads
+        )
 
     def is_of(self, run: Run) -> bool:
         """Whether it holds for the code, models and params that `run` would have now.

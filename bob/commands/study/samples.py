@@ -92,7 +92,12 @@ def confirm(runs: Sequence[Run], rows: Rows, chosen: Sequence[Run], commit: str)
         if sample and all(_same(rows[run.key], run, code) for run in sample):
             by = ", ".join(f"{run.setting.name} {run.data_seed}" for run in sample)
             confirmed += [
-                replace(rows[run.key], confirmed=run.code, confirmed_by=f"{by} at {commit}")
+                replace(
+                    rows[run.key],
+                    confirmed=run.code,
+                    confirmed_by=f"{by} at {commit}",
+                    threads=rows[sample[0].key].threads,
+                )
                 for run in group
                 if not rows[run.key].is_of(run)
             ]
