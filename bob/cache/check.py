@@ -9,6 +9,7 @@ from typing import Any
 from bob.cache.index import Row, Trial
 from bob.cache.items import ItemCache, Wanted, md5_of
 from bob.errors import BobError
+from bob.formats.photos import batches
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,14 @@ class CheckingCache(ItemCache):
             )
         chosen = random.sample(sorted(rows), math.ceil(self._share * len(rows)))
         self.total += len(rows)
-        for start in range(0, len(chosen), batch_size):
-            batch = chosen[start : start + batch_size]
+        for batch in batches(chosen, batch_size):
             items = make([position[recipe] for recipe in batch])
             for recipe, item in zip(batch, map(encode, items), strict=True):
-                self._compare(wanted, rows[recipe], item, len(batch))
+                self._compare(wanted, rows[recipe], item)
         self.checked += len(chosen)
         return [rows[recipe] for recipe in wanted.recipes]
 
-    def _compare(self, wanted: Wanted, row: Row, item: bytes, of: int) -> None:
+    def _compare(self, wanted: Wanted, row: Row, item: bytes) -> None:
         if md5_of(item) == row.oid:
             return
         how = wanted.differing(self.read(row.oid), item) if wanted.differing else ""
@@ -67,7 +67,7 @@ class CheckingCache(ItemCache):
         self.index.drop([row])
         if row.maker != wanted.maker.id:
             self.index.drop_trials(wanted.family_id, row.maker)
-            trial = Trial(wanted.maker.id, row.maker, of - 1, of)
+            trial = Trial(wanted.maker.id, row.maker, equal=0, compared=1)
             self.index.record_trial(wanted.family_id, trial, [row.recipe])
 
     def _ended(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bob.dvc.pipeline import Pipeline, Stage
+from bob.dvc.pipeline import Pipeline, Stage, is_parameters
 from bob.dvc.repository import translated
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Forecast:
         from dvc.dependency.param import MissingParamsError
 
         coming, missing = None, False
-        parameters = hasattr(dep, "params")
+        parameters = is_parameters(dep)
         out = None if parameters else self._out_of(Path(dep.fs_path))
         if out is not None:
             if out.hash_info is not None:

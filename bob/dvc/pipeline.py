@@ -39,7 +39,7 @@ class Stage:
     @property
     def deps(self) -> tuple[str, ...]:
         """Paths, as declared; without the files of parameters."""
-        return tuple(dep.def_path for dep in self.dvc.deps if not hasattr(dep, "params"))
+        return tuple(dep.def_path for dep in self.dvc.deps if not is_parameters(dep))
 
     @property
     def params(self) -> list[Parameters]:
@@ -47,7 +47,7 @@ class Stage:
         return [
             Parameters(dep.def_path, tuple(dep.params), self._recorded(dep), _present(dep))
             for dep in self.dvc.deps
-            if hasattr(dep, "params")
+            if is_parameters(dep)
         ]
 
     def _recorded(self, dep: Any) -> dict[str, Any]:
@@ -86,6 +86,13 @@ class Stage:
             condition = _condition(out)
             if condition:
                 yield out.def_path, condition
+
+
+def is_parameters(dep: Any) -> bool:
+    """Whether one of DVC's dependencies is a file of parameters."""
+    from dvc.dependency.param import ParamsDependency
+
+    return isinstance(dep, ParamsDependency)
 
 
 def _present(dep: Any) -> Mapping[str, Any]:
