@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,8 +104,10 @@ class Index:
         return self._transact(
             lambda db: [
                 row
-                for chunk in _batched(asked, _AT_ONCE)
-                for row in _rows(db.execute(query, (json.dumps(chunk), *values)))
+                for start in range(0, len(asked), _AT_ONCE)
+                for row in _rows(
+                    db.execute(query, (json.dumps(asked[start : start + _AT_ONCE]), *values))
+                )
             ]
         )
 
@@ -305,13 +306,6 @@ class Index:
             f"{os.path.relpath(self.path)} was damaged and is now {damaged.name}; items are made "
             "again, but for those of this workspace after `bob cache adopt`"
         )
-
-
-def _batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of up to `size`; itertools.batched came with Python 3.12."""
-    rest = iter(values)
-    while batch := list(islice(rest, size)):
-        yield batch
 
 
 def _rows(found: Iterable[tuple[Any, ...]]) -> Iterator[Row]:

@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -430,13 +430,11 @@ class ItemCache:
         """Recipe -> row of what `take` would reuse without a trial; damaged objects are removed."""
         return self._whole(self._same(wanted))
 
-    def _same(self, wanted: Wanted) -> Iterator[Row]:
-        """Of each recipe a row by the present maker, or else by one known to make the same."""
+    def _same(self, wanted: Wanted) -> list[Row]:
+        """Rows by the present maker, last, and by those known to make the same."""
         same, _ = self._judged(wanted)
         rows = [row for row in self.index.find(wanted.recipes) if row.maker in same]
-        return iter(
-            sorted(rows, key=lambda row: row.maker == wanted.maker.id)
-        )  # the last one counts
+        return sorted(rows, key=lambda row: row.maker == wanted.maker.id)
 
     # --- what `bob cache` does -----------------------------------------------------------------
 

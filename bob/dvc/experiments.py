@@ -3,37 +3,24 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import psutil
 
-from bob.dvc.repository import open_repository, translated
+from bob.dvc.repository import OnRepository, open_repository, translated
 
 QUEUED, RUNNING, FAILED, SUCCESS = "Queued", "Running", "Failed", "Success"
 
 
-class Queue:
-    """The queue of the repository around the current folder; to be used in a `with` block.
+class Queue(OnRepository):
+    """The queue of the repository; its methods raise BobError with DVC's words.
 
-    A queue that stays open does not see the experiments that others finish. Its methods raise
-    BobError with DVC's words.
+    A queue that stays open does not see the experiments that others finish.
     """
 
     def __init__(self) -> None:
-        self._repository = open_repository()
-        self._queue = self._repository.experiments.celery_queue
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._repository.close()
+        super().__init__()
+        self._queue = self.repository.experiments.celery_queue
 
     def states(self) -> dict[str, str]:
         """Name -> QUEUED, RUNNING, FAILED or SUCCESS.
@@ -49,7 +36,7 @@ class Queue:
     ) -> None:
         """Queue an experiment; with `force`, one for which DVC restores no stage."""
         with translated():
-            self._repository.experiments.run(
+            self.repository.experiments.run(
                 targets=list(targets),
                 params=list(params),
                 queue=True,

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from bob.dvc.repository import open_repository, translated
+from bob.dvc.repository import OnRepository, translated
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -114,17 +113,14 @@ def _condition(out: "Output") -> str:
     return UNCACHED if out.status() else ""
 
 
-class Pipeline:
-    """The pipeline of the repository around a folder; to be used in a `with` block.
-
-    Raises BobError where there is no repository, or DVC refuses its dvc.yaml.
-    """
+class Pipeline(OnRepository):
+    """The pipeline of the repository; raises BobError where DVC refuses its dvc.yaml."""
 
     def __init__(self, folder: Path | None = None) -> None:
         from dvc.repo.reproduce import plan_repro
         from dvc.stage import PipelineStage
 
-        self.repository = open_repository(folder)
+        super().__init__(folder)
         with translated():
             self.stages = {
                 stage.name: Stage(stage)
@@ -132,17 +128,6 @@ class Pipeline:
                 if isinstance(stage, PipelineStage)
             }
         """By name, in the order in which they run."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.repository.close()
 
     @property
     def root(self) -> Path:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from bob.dvc import locks
 from bob.errors import BobError
@@ -22,6 +23,31 @@ def translated(prefix: str = "") -> Iterator[None]:
         yield
     except (DvcException, SCMError) as error:
         raise BobError(f"{prefix}{' '.join(str(error).split())}") from None
+
+
+class OnRepository:
+    """What works on the repository around `folder`, or the current one; for a `with` block.
+
+    Raises BobError where there is none.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.repository = open_repository(folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the repository."""
+        self.repository.close()
 
 
 def open_repository(folder: Path | None = None) -> "Repo":

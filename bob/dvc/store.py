@@ -3,46 +3,26 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from bob.dvc.repository import open_repository
+from bob.dvc.repository import OnRepository
 from bob.errors import BobError
 
 
-class ObjectStore:
-    """The cache of the repository around the current folder; to be used in a `with` block.
-
-    All experiments of a repository share it. Raises BobError outside a repository.
-    """
+class ObjectStore(OnRepository):
+    """The cache of the repository, which all its experiments share."""
 
     def __init__(self) -> None:
-        self._repository = open_repository()
-        self._odb = self._repository.cache.local
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the repository."""
-        self._repository.close()
+        super().__init__()
+        self._odb = self.repository.cache.local
 
     @property
     def shared(self) -> bool:
         """Whether users of one group share the cache."""
-        return self._repository.config["cache"].get("shared") == "group"
+        return self.repository.config["cache"].get("shared") == "group"
 
     def folder(self, name: str) -> Path:
         """A folder beside the objects, for what is none; it is made where it is missing."""
-        path = Path(self._repository.cache.local_cache_dir, name)
+        path = Path(self.repository.cache.local_cache_dir, name)
         self._odb.makedirs(str(path))  # the cache's own, so that a shared one stays shared
         return path
 
@@ -98,7 +78,7 @@ class ObjectStore:
             self._odb.fs,
             "md5",
             dry_run=True,
-            ignore=self._repository.dvcignore,
+            ignore=self.repository.dvcignore,
         )
         return {"/".join(parts): hash_info.value for parts, _, hash_info in tree}
 

@@ -72,7 +72,6 @@ def context_metrics(task: Task, generated: Sequence[Generated], params: Params) 
     if asked:
         with ItemCache("audit") as cache:
             shown = contexts_shown(asked, task, params, cache)
-    if asked:
         pairs["pictures"] = [
             (image.class_name, context)
             for image, context in zip(asked, shown, strict=True)
