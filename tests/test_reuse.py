@@ -4,14 +4,18 @@ Most of it is what the scripts in bench/ measure, with fewer repetitions.
 """
 
 import re
+import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from bench import kills, reuse
 from bench.project import batches_made, clear_log
+from bob.cache.index import Index
+from bob.cache.lists import read_items
 from bob.cli import STAGES
-from tests.dvc_project import dvc, make_project, ran, read_params, run, set_params
+from tests.dvc_project import dvc, environment, make_project, ran, read_params, run, set_params
 
 pytestmark = pytest.mark.slow
 
@@ -126,6 +130,44 @@ def test_a_change_for_prompts_without_context_is_found_though_those_with_context
         set_params(project, {"generate": {"context": "bank"}})
     assert made == {"bank": read_params(project)["generate"]["batch_size"], "none": images(project)}
     assert "on trial came out otherwise (PSNR" in output
+
+
+def test_a_check_names_and_forgets_what_the_present_code_makes_otherwise(project):
+    dvc(project, "repro")
+    count = images(project)
+
+    def check():
+        return subprocess.run(
+            [sys.executable, "-m", "bob", "cache", "check", "--share", "1", "caption", "generate"],
+            cwd=project,
+            env=environment(project),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    whole = check()
+    assert whole.returncode == 0, whole.stderr
+    assert f"generate: {count} of {count} items made again, all the same" in whole.stdout
+
+    index = Index(project / ".dvc/cache/bob/items.sqlite")
+    listed = {item.oid: item for item in read_items(project / "results/items/generate.jsonl")}
+    one, other = list(listed.values())[:2]
+    (row,) = index.find([one.recipe], one.maker)
+    index.drop([row])
+    index.add([replace(row, oid=other.oid, inode=None)])
+    wrong = check()
+    assert wrong.returncode == 1
+    assert f"generate: {count} of {count} items made again, 1 came out otherwise" in wrong.stdout
+    assert re.search(
+        rf"generate: {re.escape(str(one.file))} differs \(PSNR .*\) and is forgotten", wrong.stdout
+    )
+    assert index.find([one.recipe], one.maker) == []
+
+    clear_log(project)
+    dvc(project, "repro", "--force", "--single-item", "generate")
+    assert batches_made(project, "generate") == [1]
+    assert check().returncode == 0
 
 
 def test_comments_in_every_module_make_no_item(project):
