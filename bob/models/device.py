@@ -1,39 +1,64 @@
 """Which device computes, and in which precision."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 
+from bob.cache import gpu_locks
+from bob.cache.executors.chosen import hardware_elsewhere
+from bob.cache.work import Hardware
 from bob.errors import BobError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def best_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@cache
+def computing_device() -> torch.device:
+    """The device of this process: a free GPU of the machine, held until the process ends.
+
+    The CPU where there is no GPU. Waits where none is free: to be called when something is to be
+    computed, not when it is only planned.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # By what no CUDA_VISIBLE_DEVICES renumbers.
+    names = [str(torch.cuda.get_device_properties(number).uuid) for number in range(count)]
+    device = torch.device("cuda", gpu_locks.take_free(names))
+    torch.cuda.set_device(device)
+    return device
 
 
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products for a `precision` parameter.
+def hardware_here() -> Hardware:
+    """What this machine computes with."""
+    if torch.cuda.is_available():
+        return Hardware("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
+    # Underscored, but the one place torch tells it: get_cpu_capability() stops at AVX512.
+    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Hardware("cpu", bf16)
+
+
+@cache
+def hardware() -> Hardware:
+    """What items are made on, here or elsewhere."""
+    return hardware_elsewhere() or hardware_here()
+
+
+def resolve_precision(precision: str, on: Hardware | None = None) -> torch.dtype:
+    """The dtype of matrix products for a `precision` parameter, by default where items are made.
 
     `auto` is bf16 where the hardware multiplies in it and fp32 elsewhere: emulated bf16 is four
     times slower than fp32 on a CPU without the instructions.
 
-    Raises BobError for a precision that the device does not compute in.
+    Raises BobError for a precision that the hardware does not compute in.
     """
+    on = on or hardware()
     if precision == "auto":
-        return torch.bfloat16 if _has_bf16(device) else torch.float32
-    if precision == "fp16" and device.type == "cpu":
+        return torch.bfloat16 if on.bf16 else torch.float32
+    if precision == "fp16" and on.device == "cpu":
         raise BobError("precision: fp16 needs a GPU; use auto, bf16 or fp32 on the CPU")
     return _DTYPES[precision]
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Underscored, but the one place torch tells it: get_cpu_capability() stops at AVX512.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

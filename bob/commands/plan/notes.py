@@ -9,7 +9,7 @@ from bob.dvc.forecast import MAY_RUN, RESTORED
 from bob.formats.params import Params
 from bob.models import gpus
 from bob.models.captioner import MAX_NEW_TOKENS
-from bob.models.device import best_device, dtype_name, resolve_precision
+from bob.models.device import dtype_name, resolve_precision
 from bob.models.endpoint import is_endpoint
 
 USABLE = 0.9  # of a GPU's memory; the rest is CUDA's own, and gaps that its allocator leaves
@@ -39,7 +39,7 @@ def notes(
         )
     for stage in ("caption", "generate"):
         setting = getattr(of, stage).precision
-        here, there = dtype_name(resolve_precision(setting, best_device())), gpu.precision(setting)
+        here, there = dtype_name(resolve_precision(setting)), gpu.precision(setting)
         if stage in work and work[stage].flops and here != there:
             lines.append(
                 f"{stage}: the item cache was asked for what this machine makes, in {here}; on "

@@ -23,7 +23,7 @@ from bob.miniature import world
 from bob.models import denoising, diffusion, finetuning, sampling
 from bob.models.backbones import open_backbone
 from bob.models.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS
-from bob.models.device import best_device, resolve_precision
+from bob.models.device import resolve_precision
 from bob.models.endpoint import is_endpoint
 from bob.models.gpus import Gpu
 from bob.models.lora import add_lora
@@ -230,7 +230,7 @@ def _lora_is_cached(project: Project) -> bool:
     captions = fine_tuning.training_captions(
         photos.task, photos.train, read_bank(bank), settings.context
     )
-    dtype = resolve_precision(settings.precision, best_device())
+    dtype = resolve_precision(settings.precision)
     wanted = fine_tuning.lora_wanted(project.cache, photos.train, captions, settings, dtype)
     return len(project.cache.known(wanted)) == len(wanted.recipes)
 
