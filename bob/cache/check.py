@@ -59,7 +59,7 @@ class CheckingCache(ItemCache):
                     self._compare(wanted, rows[wanted.recipes[number]], item)
 
         places = list(batches([position[recipe] for recipe in chosen], batch_size))
-        self.executor(work).make(work, places, len(places), compare)
+        self.executor(work).make(work, wanted.maker, places, len(places), compare)
         self.checked += len(chosen)
         return [rows[recipe] for recipe in wanted.recipes]
 

@@ -41,7 +41,9 @@ class Making:
 
     def of(self, batches: Iterable[list[int]], most: int = 1) -> dict[str, Row]:
         """Recipe -> row of the items of all `batches`, `most` of them at most."""
-        self._cache.executor(self._work).make(self._work, batches, most, self._keep)
+        self._cache.executor(self._work).make(
+            self._work, self._wanted.maker, batches, most, self._keep
+        )
         return self._rows
 
     def made(self, places: Sequence[int]) -> dict[str, Row]:

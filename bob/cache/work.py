@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from bob.cache.recipe import Maker
+
 
 def _themselves(numbers: list[int]) -> tuple[Any, ...]:
     return (numbers,)
@@ -55,21 +57,26 @@ class Hardware:
 
     device: str
     """cuda or cpu."""
-    bf16: bool
-    """Whether it multiplies in bf16."""
+    bf16: bool | None
+    """Whether it multiplies in bf16; None where some of the machines do."""
 
 
 class Executor(Protocol):
     """Where batches of items are made."""
 
-    def make(self, work: Work, batches: Iterable[list[int]], most: int, keep: Keep) -> None:
+    def make(
+        self, work: Work, maker: Maker, batches: Iterable[list[int]], most: int, keep: Keep
+    ) -> None:
         """Make the batches, `most` of them at most, each taken when there is someone free.
 
         All that were done are kept when it returns, and also when it raises.
         """
 
-    def hardware(self) -> Hardware | None:
-        """That of whoever makes the items; None: that of this machine."""
+    def hardware(self, look: Callable[[], Hardware]) -> Hardware:
+        """That of whoever makes the items, as `look` finds it out where it is called.
+
+        Raises BobError where nobody is there.
+        """
 
     def close(self) -> None:
         """Let go of whoever was making items."""

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 
 from bob.cache import gpu_locks
-from bob.cache.executors.chosen import hardware_elsewhere
+from bob.cache.executors.chosen import executor
 from bob.cache.work import Hardware
 from bob.errors import BobError
 
@@ -42,7 +42,7 @@ def hardware_here() -> Hardware:
 @cache
 def hardware() -> Hardware:
     """What items are made on, here or elsewhere."""
-    return hardware_elsewhere() or hardware_here()
+    return executor().hardware(hardware_here)
 
 
 def resolve_precision(precision: str, on: Hardware | None = None) -> torch.dtype:
@@ -55,6 +55,10 @@ def resolve_precision(precision: str, on: Hardware | None = None) -> torch.dtype
     """
     on = on or hardware()
     if precision == "auto":
+        if on.bf16 is None:
+            raise BobError(
+                "precision: auto is bf16 on some machines of the cluster and fp32 on others; set it"
+            )
         return torch.bfloat16 if on.bf16 else torch.float32
     if precision == "fp16" and on.device == "cpu":
         raise BobError("precision: fp16 needs a GPU; use auto, bf16 or fp32 on the CPU")

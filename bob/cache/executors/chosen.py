@@ -8,7 +8,7 @@ import os
 from functools import cache
 
 from bob.cache.executors.local import Local
-from bob.cache.work import Executor, Hardware
+from bob.cache.work import Executor
 from bob.errors import BobError
 
 EXECUTOR = "BOB_EXECUTOR"
@@ -30,8 +30,3 @@ def executor() -> Executor:
         cluster: Executor = importlib.import_module("bob.cache.executors.cluster").open_cluster()
         return cluster
     raise BobError(f"{EXECUTOR} is {name!r}; it can be `local` or `ray`")
-
-
-def hardware_elsewhere() -> Hardware | None:
-    """The hardware that items are made on; None: this machine's."""
-    return executor().hardware()

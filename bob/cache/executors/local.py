@@ -1,16 +1,19 @@
 """The executor that makes everything in this process."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from bob.cache.recipe import Maker
 from bob.cache.work import Hardware, Keep, Made, Work
 
 
 class Local:
     """Makes batch after batch; one is encoded and kept in threads while the next is made."""
 
-    def make(self, work: Work, batches: Iterable[list[int]], most: int, keep: Keep) -> None:
+    def make(
+        self, work: Work, maker: Maker, batches: Iterable[list[int]], most: int, keep: Keep
+    ) -> None:
         """See `Executor.make`."""
         kept: Future[None] | None = None
         with ThreadPoolExecutor() as encoders, ThreadPoolExecutor(1) as keeper:
@@ -25,9 +28,9 @@ class Local:
             if kept:
                 kept.result()
 
-    def hardware(self) -> Hardware | None:
+    def hardware(self, look: Callable[[], Hardware]) -> Hardware:
         """See `Executor.hardware`."""
-        return None
+        return look()
 
     def close(self) -> None:
         """Nothing to let go of."""
