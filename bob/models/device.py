@@ -33,7 +33,8 @@ def computing_device() -> torch.device:
 def hardware_here() -> Hardware:
     """What this machine computes with."""
     if torch.cuda.is_available():
-        return Hardware("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware("cuda", bf16, torch.cuda.get_device_name())
     # Underscored, but the one place torch tells it: get_cpu_capability() stops at AVX512.
     bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return Hardware("cpu", bf16)

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,10 @@ class Cluster:
         kind = "GPU" if resources.get("GPU") else "CPU"
         return kind, int(resources.get(kind, 0))
 
+    def workers(self) -> int:
+        """See `Executor.workers`."""
+        return self.slots()[1]
+
     def hardware(self, look: Callable[[], Hardware]) -> Hardware:
         """See `Executor.hardware`."""
         if self._hardware:
@@ -169,7 +173,7 @@ class Cluster:
             raise BobError(f"the Ray cluster does not answer ({_reason(error)})") from None
         one = found.pop()
         bf16 = one.bf16 if all(other.bf16 == one.bf16 for other in found) else None
-        self._hardware = Hardware(one.device, bf16)
+        self._hardware = replace(one, bf16=bf16)
         return self._hardware
 
     # --- making --------------------------------------------------------------------------------

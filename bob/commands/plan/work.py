@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,6 +59,14 @@ class Work:
     """Bytes written."""
     relief: str = ""
     """What to do where the memory does not suffice."""
+    parts: int = 1
+    """Batches of items, each of which can be made on another GPU."""
+
+    def seconds(self, gpu: Gpu, gpus: int = 1) -> float:
+        """How long the products take on so many; reading, drawing and writing are not counted."""
+        whole = sum(gpu.seconds(flops, precision) for precision, flops in self.flops.items())
+        shared = min(self.parts, gpus)  # the last round is not full
+        return whole * math.ceil(self.parts / shared) / self.parts
 
 
 @dataclass(frozen=True)
@@ -213,6 +222,7 @@ def _asking(
         # The whole network is in that precision, activations too.
         (network.weights + rows * read.peak) * DTYPES[precision].itemsize // 4,
         relief="lower caption.batch_size",
+        parts=batches,
     )
 
 
@@ -310,6 +320,7 @@ def _generate(project: Project) -> Work:
         weights + max(denoise.peak, decode.peak),
         new * side**2 * _png_bytes(),
         "lower generate.batch_size",
+        batches,
     )
 
 
@@ -382,6 +393,7 @@ def _classify(project: Project) -> Work:
         held + ADAM * changing + step.peak,
         len(new) * network.weights,
         "lower classify.batch_size",
+        max(Counter(variant for variant, _ in new).values()),  # one variant after the other
     )
 
 
@@ -445,6 +457,7 @@ def _audit(project: Project) -> Work:
             network.weights + look.peak,
         ),
         relief=work.relief,
+        parts=work.parts,
     )
 
 
