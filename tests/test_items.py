@@ -593,6 +593,7 @@ DECIDES_NOTHING = {
     "cache.executors.chosen": "says where items are made",
     "cache.executors.local": "makes them here",
     "cache.gpu_locks": "says which GPU is free",
+    "cache.recipe": "names makers",
     "cache.work": "names what an executor is given",
     "errors": "says what went wrong",
     "formats.files": "reads and writes JSON, and hashes a photo to compare it with its manifest",

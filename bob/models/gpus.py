@@ -61,7 +61,9 @@ def choose(name: str | None) -> Gpu:
     Raises BobError for a name that is not in the table.
     """
     if name is None:
-        from bob.models.device import hardware  # late: torch; a plan with nothing to do needs none
+        from bob.models.precision import (
+            hardware,
+        )  # late: torch; a plan with nothing to do needs none
 
         return recognise(hardware().name) or GPUS[DEFAULT]
     if name.lower() in GPUS:

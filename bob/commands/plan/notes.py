@@ -9,8 +9,8 @@ from bob.dvc.forecast import MAY_RUN, RESTORED
 from bob.formats.params import Params
 from bob.models import gpus
 from bob.models.captioner import MAX_NEW_TOKENS
-from bob.models.device import dtype_name, resolve_precision
 from bob.models.endpoint import is_endpoint
+from bob.models.precision import dtype_name, resolve_precision
 
 USABLE = 0.9  # of a GPU's memory; the rest is CUDA's own, and gaps that its allocator leaves
 

@@ -24,10 +24,10 @@ from bob.miniature import world
 from bob.models import denoising, diffusion, finetuning, sampling
 from bob.models.backbones import open_backbone
 from bob.models.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS
-from bob.models.device import resolve_precision
 from bob.models.endpoint import is_endpoint
 from bob.models.gpus import Gpu
 from bob.models.lora import add_lora
+from bob.models.precision import resolve_precision
 from bob.models.training import VALIDATIONS, Labelled, Trainer
 from bob.stages import benchmark as measuring
 from bob.stages import classify as classifying
