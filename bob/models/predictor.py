@@ -277,8 +277,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def main() -> int:
-    """The command line; returns the exit status, which is 1 where a photo could not be read."""
+def command_line() -> argparse.ArgumentParser:
+    """What `python predict.py` understands."""
     parser = argparse.ArgumentParser(description="Classify photos with a classifier of bob's.")
     parser.add_argument(
         "photos",
@@ -294,11 +294,17 @@ def main() -> int:
     )
     parser.add_argument("--top", type=_count, default=3, help="how many classes (default: 3)")
     parser.add_argument("--format", choices=FORMATS, default="table", help="(default: table)")
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Run the command line; returns the exit status, 1 where a photo could not be read."""
+    given = command_line().parse_args()
     try:
         return 0 if run(given.photos, given.model, given.top, given.format) else 1
     except ModelError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        print(f"predict.py: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # `| head` has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
