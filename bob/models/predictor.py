@@ -41,6 +41,10 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}  
 DEEP = ("I", "F")
 
 
+BLACK = (0, 0, 0)
+BORDER = (124, 116, 104)  # ImageNet's mean, of which timm makes borders unless told otherwise
+
+
 class ModelError(Exception):
     """The model cannot be used; the message is one line that names its file."""
 
@@ -146,13 +150,12 @@ def resize_and_crop(image: Image.Image, preprocessing: dict[str, Any]) -> Image.
     """An RGB image in the network's size, as timm's transform for evaluation makes it."""
     height, width = preprocessing["size"]
     scaled = [math.floor(side / preprocessing["crop_pct"]) for side in (height, width)]
-    mode, fill = preprocessing["crop_mode"], (0, 0, 0)
+    mode, fill = preprocessing["crop_mode"], BLACK
     ratios = image.height / scaled[0], image.width / scaled[1]
     if mode == "squash":
         size = scaled[1], scaled[0]
-    elif mode == "border":  # all of the image, and a border in the mean's colour
-        size = _divided(image, max(ratios))
-        fill = tuple(round(255 * value) for value in preprocessing["mean"])
+    elif mode == "border":  # all of the image
+        size, fill = _divided(image, max(ratios)), BORDER
     elif scaled[0] == scaled[1]:  # by torchvision, which rounds down
         shorter = min(image.size)
         size = scaled[0] * image.width // shorter, scaled[0] * image.height // shorter

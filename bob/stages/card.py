@@ -257,12 +257,10 @@ def resizing(preprocessing: Mapping[str, Any]) -> str:
         "squash": f"resized to {tall} x {wide} pixels whatever its shape",
         "border": f"resized to fit into {tall} x {wide} pixels",
     }.get(preprocessing["crop_mode"], f"resized to just cover {tall} x {wide} pixels")
-    border = (
-        ", with a border in the mean's colour" if preprocessing["crop_mode"] == "border" else ""
-    )
+    ground = ", the rest being (124, 116, 104)" if preprocessing["crop_mode"] == "border" else ""
     return (
         f"{how} (height x width; {preprocessing['interpolation']}, antialiased, as Pillow does "
-        f"it); then the central {height} x {width} pixels{border}"
+        f"it); then the central {height} x {width} pixels{ground}"
     )
 
 
