@@ -219,7 +219,7 @@ def run(arguments: Sequence[str], model: str | Path, top: int = 3, form: str = "
     Raises ModelError.
     """
     warnings.filterwarnings("ignore", module="PIL")  # of photos that it reads all the same
-    # A file's name may be no text, and the terminal's encoding may lack a class's letters.
+    # A file's name may be no text, and the locale's encoding may lack a class's letters.
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     classifier = Classifier(model)
     found = list(find_photos(arguments))
@@ -237,7 +237,7 @@ def run(arguments: Sequence[str], model: str | Path, top: int = 3, form: str = "
     elif form == "csv":
         _print_csv(predictions())
     else:
-        longest = max(len(one.photo) for one in found)
+        longest = max(len(_shown(one.photo)) for one in found)
         _print_table(predictions(), longest, max(map(len, classifier.classes)))
     return not errors
 
@@ -245,7 +245,12 @@ def run(arguments: Sequence[str], model: str | Path, top: int = 3, form: str = "
 def _print_table(predictions: Iterable[Prediction], photo_width: int, class_width: int) -> None:
     for one in predictions:
         cells = [f"{name:<{class_width}} {probability:>6.1%}" for name, probability in one.top]
-        print(f"{one.photo:<{photo_width}}  {'   '.join(cells) or one.error}")
+        print(f"{_shown(one.photo):<{photo_width}}  {'   '.join(cells) or one.error}")
+
+
+def _shown(photo: str) -> str:
+    """A path without what would break its line: a file's name may hold anything."""
+    return photo if photo.isprintable() else repr(photo)[1:-1]
 
 
 def _print_csv(predictions: Iterable[Prediction]) -> None:
