@@ -21,7 +21,7 @@ VERSION = 4  # of what a recipe and a maker are hashes of, and of the tables
 _TABLES = {
     "items": "recipe TEXT NOT NULL, maker TEXT NOT NULL, oid TEXT NOT NULL, size INTEGER NOT NULL,"
     " stage TEXT NOT NULL, inode INTEGER, changed INTEGER, remotes INTEGER NOT NULL DEFAULT 0,"
-    " PRIMARY KEY (recipe, maker)",
+    " here INTEGER NOT NULL DEFAULT 1, PRIMARY KEY (recipe, maker)",  # was its object ever here?
     "started": "recipe TEXT NOT NULL, maker TEXT NOT NULL, PRIMARY KEY (recipe, maker)",
     "runs": "stage TEXT PRIMARY KEY, reused INTEGER NOT NULL, made INTEGER NOT NULL,"
     " because TEXT NOT NULL DEFAULT ''",
@@ -46,9 +46,12 @@ _MIGRATIONS = {
         "CREATE TABLE families (id TEXT PRIMARY KEY, stage TEXT NOT NULL, parts TEXT NOT NULL,"
         " number INTEGER NOT NULL) WITHOUT ROWID",
     ),
-    3: tuple(
-        f"ALTER TABLE {table} ADD COLUMN remotes INTEGER NOT NULL DEFAULT 0"
-        for table in ("items", "families", "trials")
+    3: (
+        *(
+            f"ALTER TABLE {table} ADD COLUMN remotes INTEGER NOT NULL DEFAULT 0"
+            for table in ("items", "families", "trials")
+        ),
+        "ALTER TABLE items ADD COLUMN here INTEGER NOT NULL DEFAULT 1",
     ),
 }
 _AMONG = "IN (SELECT value FROM json_each(?))"  # one parameter, however many recipes
@@ -137,7 +140,10 @@ class Index:
     def found_whole(self, rows: Iterable[Row]) -> None:
         """Keep the rows' inodes and modification times."""
         values = [(row.inode, row.changed, row.recipe, row.maker, row.oid) for row in rows]
-        query = "UPDATE items SET inode = ?, changed = ? WHERE recipe = ? AND maker = ? AND oid = ?"
+        query = (
+            "UPDATE items SET inode = ?, changed = ?, here = 1"
+            " WHERE recipe = ? AND maker = ? AND oid = ?"
+        )
         self._transact(lambda db: db.executemany(query, values))
 
     def start(self, recipes: Sequence[str], maker: str) -> set[str]:
@@ -165,12 +171,12 @@ class Index:
 
         def insert(db: sqlite3.Connection) -> None:
             db.executemany(
-                f"INSERT INTO items ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, 0) "
-                "ON CONFLICT (recipe, maker) DO UPDATE SET"
+                f"INSERT INTO items ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, 0)"
+                " ON CONFLICT (recipe, maker) DO UPDATE SET"
                 # A remote that has the same object still has the item.
                 " remotes = CASE oid WHEN excluded.oid THEN remotes ELSE 0 END, oid = excluded.oid,"
                 " size = excluded.size, stage = excluded.stage, inode = excluded.inode,"
-                " changed = excluded.changed",
+                " changed = excluded.changed, here = 1",
                 [
                     (row.recipe, row.maker, row.oid, row.size, row.stage, row.inode, row.changed)
                     for row in rows

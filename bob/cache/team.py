@@ -59,9 +59,9 @@ class TeamIndex(Index):
     def merge(self, remote: int, shards: Iterable[tuple[str, Shard]], *, anew: bool = False) -> int:
         """Take in a remote's shards, by their names; returns how many items they have.
 
-        Of an item with two objects the one that was here first stays. A trial that has found a
-        difference overrules one of the same makers in the same family that has found none. With
-        `anew`, what was merged of this remote before is first forgotten.
+        Of an item with two objects the one that was here stays, or else one that a remote has. A
+        trial that has found a difference overrules one of the same makers in the same family that
+        has found none. With `anew`, what was merged of this remote before is first forgotten.
         """
 
         def take_in(db: sqlite3.Connection) -> int:
@@ -153,9 +153,10 @@ def _merge(db: sqlite3.Connection, bit: int, shard: Shard) -> int:
     for evidence in basis.trials:
         _merge_trial(db, bit, evidence)
     return db.executemany(
-        "INSERT INTO items (recipe, maker, oid, size, stage, remotes) VALUES (?, ?, ?, ?, ?, ?)"
-        " ON CONFLICT (recipe, maker) DO UPDATE SET remotes = remotes | excluded.remotes"
-        " WHERE oid = excluded.oid",
+        "INSERT INTO items (recipe, maker, oid, size, stage, remotes, here)"
+        " VALUES (?, ?, ?, ?, ?, ?, 0) ON CONFLICT (recipe, maker) DO UPDATE SET"
+        " remotes = remotes | excluded.remotes, oid = excluded.oid, size = excluded.size"
+        " WHERE oid = excluded.oid OR (remotes = 0 AND NOT here)",
         ((row.recipe, row.maker, row.oid, row.size, row.stage, bit) for row in shard.rows),
     ).rowcount
 

@@ -15,7 +15,7 @@ import click
 
 from bob.cache.index import Row, warn
 from bob.cache.items import ItemCache
-from bob.cache.shards import ROWS, Basis, Shard, read_shard, write_shard
+from bob.cache.shards import ROWS, Shard, read_shard, write_shard
 from bob.cache.team import TeamIndex
 from bob.dvc.remote import Remote
 from bob.errors import BobError
@@ -73,9 +73,10 @@ def pull(name: str | None, *, read_only: bool) -> None:
         remote, team, number = _opened(cache, name)
         team.set_read_only(number, read_only)
         shards, items = _take_in(remote, team, number)
-        click.echo(f"{remote.name}: {items:,} items in {shards:,} new shards")
-        if not shards and not team.shards(number):
-            click.echo(f"{remote.name}: nothing was pushed there; `bob cache push` does")
+        if team.shards(number):
+            click.echo(f"{remote.name}: {items:,} items in {shards:,} new shards")
+        else:
+            click.echo(f"{remote.name}: has no items yet; `bob cache push` brings them")
 
 
 def gc(name: str | None) -> None:
@@ -99,7 +100,9 @@ def _pack(remote: Remote) -> tuple[set[str], set[str], int]:
         # One of its own: the index here may have other objects for the same items.
         scratch = TeamIndex(Path(folder) / "items.sqlite")
         number = scratch.number_of(remote.name)
-        listed = remote.files()  # before the objects: each of theirs was there before
+        listed = remote.files()  # before the objects: those of a shard were there before it
+        if not listed:
+            raise BobError(f"remote `{remote.name}` has no items")
         for names in batches(sorted(listed), _AT_ONCE):
             with _brought(remote, names) as shards:
                 for shard in shards:
@@ -107,8 +110,11 @@ def _pack(remote: Remote) -> tuple[set[str], set[str], int]:
         written: set[str] = set()
         gone = 0
 
-        def put(basis: Basis, rows: Sequence[Row]) -> None:
-            path = write_shard(Path(folder), basis, rows)
+        families_and_trials = scratch.families_and_trials(number, shared=True)
+
+        def put(rows: Sequence[Row]) -> None:
+            once = ([], []) if written else families_and_trials
+            path = write_shard(Path(folder), scratch.basis(rows, *once), rows)
             if path.name not in listed:
                 remote.put(path)
             written.add(path.name)
@@ -121,10 +127,10 @@ def _pack(remote: Remote) -> tuple[set[str], set[str], int]:
             gone += len(rows) - len(there)
             rest += there
             if len(rest) >= ROWS:
-                put(scratch.basis(rest[:ROWS], [], []), rest[:ROWS])
+                put(rest[:ROWS])
                 rest = rest[ROWS:]
-        # At least one, so that the remote is known to be one.
-        put(scratch.basis(rest, *scratch.families_and_trials(number, shared=True)), rest)
+        if rest or not written:  # at least one, or the remote would seem to be another
+            put(rest)
         return listed, written, gone
 
 

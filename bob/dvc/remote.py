@@ -20,7 +20,7 @@ from bob.errors import BobError
 from bob.formats.files import sha256
 
 _FOLDER = ("bob", "index")  # beside DVC's own `files` and `runs`
-_FILE = re.compile(r"[0-9a-f]{64}\.[a-z.]+")
+_FILE = re.compile(r"[0-9a-f]{64}\.jsonl\.gz")
 _ASKED_ONE_BY_ONE = 1000  # more objects than that are looked up in a list of what is there
 _AT_ONCE = 5000  # objects that are handed to DVC together
 
@@ -35,12 +35,17 @@ class Remote:
     Every method raises BobError, in one line, where the remote cannot be reached or used.
     """
 
-    def __init__(self, store: ObjectStore, name: str | None = None, command: str = "push") -> None:
+    def __init__(self, store: ObjectStore, name: str | None = None) -> None:
         self.name = name or store.repository.config["core"].get("remote") or ""
+        if not self.name:
+            raise BobError(
+                "DVC has no default remote here; `dvc remote add -d NAME URL` adds one, or name "
+                "another with -r"
+            )
         self._url = store.repository.config["remote"].get(self.name, {}).get("url", "")
         self._scheme = self._url.partition(":")[0]
         with self._told(), translated():
-            found = store.repository.cloud.get_remote(name, command)
+            found = store.repository.cloud.get_remote(self.name)
             self._url = found.fs.unstrip_protocol(found.path)
             self._fs = found.fs
             if found.worktree or found.fs.version_aware:
@@ -59,7 +64,9 @@ class Remote:
 
             # Of any kind: each cloud's library has its own, and is not imported here.
             told = " ".join(str(error).split()) or type(error).__name__
-            if isinstance(error, ImportError | RemoteMissingDepsError):
+            if isinstance(error, NotImplementedError):
+                told = "it cannot be listed, which bob needs"
+            elif isinstance(error, ImportError | RemoteMissingDepsError):
                 told += f"; `pip install 'dvc[{self._scheme}]'` brings what it needs"
             raise BobError(f"remote `{self.name}` ({self._url}): {told}") from None
 
