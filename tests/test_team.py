@@ -579,6 +579,7 @@ def test_gc_forgets_items_whose_object_is_gone_and_who_has_it_can_push_it_again(
 
 def test_gc_makes_shards_of_no_more_than_so_many_items(team, monkeypatch):
     monkeypatch.setattr(commands, "ROWS", 4)
+    monkeypatch.setattr(commands, "_PUSHED", 4)
     take()
     assert push() == (10, 10) and len(team.shards) == 3
     team.object(b"item 3").unlink()

@@ -23,6 +23,7 @@ from bob.formats.photos import batches
 
 T = TypeVar("T")
 
+_PUSHED = 10_000  # items of a new shard: others can take them when their objects are there
 _AT_ONCE = 16  # shards that are brought together
 _ATTEMPTS = 5
 
@@ -42,12 +43,12 @@ def push(name: str | None) -> None:
         with TemporaryDirectory() as folder:
             for rows in _pages(lambda after: team.page(number, after, ROWS)):
                 here = [row for row in cache.look(rows) if row]
-                if here:
-                    sizes = {row.oid: row.size for row in here}
+                for part in batches(here, _PUSHED):
+                    sizes = {row.oid: row.size for row in part}
                     objects += remote.bring(sizes, team.damaged(number))
                     team.mended(number, sizes)
-                    _push_shard(Path(folder), remote, team, number, here)
-                    items += len(here)
+                    _push_shard(Path(folder), remote, team, number, part)
+                    items += len(part)
             if team.families_and_trials(number)[1]:  # without items: those of `bob cache check`
                 _push_shard(Path(folder), remote, team, number, [])
         click.echo(f"{remote.name}: {items:,} items pushed, {objects:,} objects brought")
