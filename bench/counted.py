@@ -5,12 +5,15 @@ the stage and the number of items. The file is named by the environment variable
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bob.__main__ import main
 from bob.cache.index import Row
-from bob.cache.items import ItemCache, Wanted
+from bob.cache.items import ItemCache
+from bob.cache.wanted import Wanted
+from bob.cache.work import Work
 
 LOG = "BOB_MADE_LOG"
 
@@ -27,15 +30,14 @@ def made(log: Path) -> dict[str, list[int]]:
 class CountedCache(ItemCache):
     """An item cache that logs what it makes."""
 
-    def take(self, wanted: Wanted, make: Any, *rest: Any, **named: Any) -> list[Row]:
-        def logged(positions: list[int]) -> list[Any]:
+    def take(self, wanted: Wanted, work: Work, *rest: Any, **named: Any) -> list[Row]:
+        def logged(positions: list[int]) -> tuple[Any, ...]:
             with Path(os.environ[LOG]).open("a") as log:
                 # One write: lines of several stay whole.
                 log.write(f"{self.stage} {len(positions)}\n")
-            made: list[Any] = make(positions)
-            return made
+            return work.inputs(positions)
 
-        return super().take(wanted, logged, *rest, **named)
+        return super().take(wanted, replace(work, inputs=logged), *rest, **named)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ from tqdm import tqdm
 
 from bench.speed import build_sd15, reached, report, side, take_turns, write_photos
 from bob.models import denoising, diffusion
-from bob.models.device import best_device, resolve_precision
+from bob.models.device import computing_device
 from bob.models.lora import TEXT_LORA_TARGETS, UNET_LORA_TARGETS, add_lora
+from bob.models.precision import resolve_precision
 
 BOUND = 1.5
 EPOCHS = 60  # of params.yaml; the paper's are 400
@@ -51,7 +52,7 @@ def stock(
     base: Path, photos: list[Path], captions: list[str], dtype: torch.dtype, batch: int, text: bool
 ) -> Callable[[], int]:
     """The published script's loop; a run is EPOCHS_A_TURN."""
-    device = best_device()
+    device = computing_device()
     pipeline = StableDiffusionPipeline.from_pretrained(
         base, dtype=torch.float32, safety_checker=None, local_files_only=True
     ).to(device)
@@ -146,7 +147,7 @@ def ours(
     compiled: bool,
 ) -> Callable[[], int]:
     """bob's loop; a run is EPOCHS_A_TURN, and their share of encoding the photos."""
-    pipeline = diffusion.load(base, best_device())
+    pipeline = diffusion.load(base, computing_device())
     means, stds = denoising.encode_images(pipeline, [Image.open(path) for path in photos])
     tokens = diffusion.tokenize(pipeline, captions)
     diffusion.cast(pipeline.unet, dtype)
@@ -177,7 +178,7 @@ def ours(
 
 def flops_of_image(base: Path, batch: int, text_too: bool) -> float:
     """FLOPs, forward and backward, of text encoder and UNet for one image of a step."""
-    pipeline = diffusion.load(base, best_device())
+    pipeline = diffusion.load(base, computing_device())
     add_lora(pipeline, RANK, 0)
     if not text_too:
         pipeline.text_encoder.requires_grad_(False)
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak-tflops", type=float, help="of the device, dense, in that precision")
     arguments = parser.parse_args()
-    dtype = resolve_precision(arguments.precision, best_device())
+    dtype = resolve_precision(arguments.precision)
     with tempfile.TemporaryDirectory() as scratch:
         base = build_sd15(Path(scratch) / "sd15") if arguments.sd15 else arguments.base
         size = diffusion.resolution(diffusion.load(base, torch.device("cpu")))

@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.speed import build_sd15, reached, report, side, take_turns
 from bob.models import diffusion
-from bob.models.device import best_device, dtype_name, resolve_precision
+from bob.models.device import computing_device
 from bob.models.lora import add_lora, save_lora
+from bob.models.precision import dtype_name, resolve_precision
 from bob.models.sampling import SAMPLERS, ImageMaker, png
 
 EQUAL, BATCHED = 2.0, 1.0
@@ -55,7 +56,7 @@ def plain(
     """`calls` of the pipeline for `batch` images each."""
     pipeline = StableDiffusionPipeline.from_pretrained(
         base, dtype=dtype, safety_checker=None, local_files_only=True
-    ).to(best_device())
+    ).to(computing_device())
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(str(lora))
     pipeline.scheduler = SAMPLERS[sampler](pipeline.scheduler.config)
@@ -103,7 +104,7 @@ def ours(
 
 def flops_of_step(base: Path) -> float:
     """FLOPs of one step of one image: the UNet twice, for guidance."""
-    unet = diffusion.load(base, best_device()).unet
+    unet = diffusion.load(base, computing_device()).unet
     latents = torch.randn(
         2, unet.config.in_channels, *[unet.config.sample_size] * 2, device=unet.device
     )
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, help="of the device, dense, in that precision")
     arguments = parser.parse_args()
     steps, default_steps = arguments.steps, arguments.default_steps
-    dtype = resolve_precision(arguments.precision, best_device())
+    dtype = resolve_precision(arguments.precision)
     with tempfile.TemporaryDirectory() as scratch:
         base = build_sd15(Path(scratch) / "sd15") if arguments.sd15 else arguments.base
         lora = build_lora(base, Path(scratch) / "lora")

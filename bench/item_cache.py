@@ -19,8 +19,10 @@ from pathlib import Path
 
 import click
 
-from bob.cache.items import ItemCache, Wanted
+from bob.cache.items import ItemCache
 from bob.cache.recipe import Maker, item_key
+from bob.cache.wanted import Wanted
+from bob.cache.work import Work
 from bob.formats.manifest import Generated
 from bob.formats.photos import Task
 from bob.formats.prompts import Context, Entry
@@ -52,7 +54,7 @@ def fill(count: int, size: int) -> None:
     with ItemCache("generate") as cache:
         cache.take(
             wanted_of(planned(count)),
-            lambda positions: [random.Random(number).randbytes(size) for number in positions],
+            Work(lambda numbers: [random.Random(one).randbytes(size) for one in numbers]),
             5000,
             "filling",
         )
@@ -69,7 +71,7 @@ def look_up(count: int) -> None:
     wanted = wanted_of(images)
     hashing = time.monotonic()
     with ItemCache("generate") as cache:
-        cache.take(wanted, _none, 32)
+        cache.take(wanted, Work(_none), 32)
         if cache.made or cache.reused != len(wanted.recipes):
             raise click.ClickException("not all items were found")
     found = time.monotonic()

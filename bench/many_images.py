@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from bob.cache.items import ItemCache
+from bob.cache.work import Work
 from bob.formats import params
 from bob.formats.layout import BANK, LORA
 from bob.formats.photos import read_task
@@ -39,7 +40,7 @@ def fill() -> None:
         wanted = generate.images_wanted(cache, base_model, cache.content_hash(LORA), maker, planned)
         cache.take(
             wanted,
-            lambda numbers: [random.Random(number).randbytes(SIZE) for number in numbers],
+            Work(lambda numbers: [random.Random(one).randbytes(SIZE) for one in numbers]),
             5000,
             "filling",
         )

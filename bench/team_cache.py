@@ -18,8 +18,10 @@ import click
 
 from bench.remotes import folder as folder_remote
 from bench.team_kills import ROOT, clone
-from bob.cache.items import ItemCache, Wanted
+from bob.cache.items import ItemCache
 from bob.cache.recipe import Maker, item_key
+from bob.cache.wanted import Wanted
+from bob.cache.work import Work
 
 MEASURED = """
 import json, sys, time
@@ -47,7 +49,7 @@ def fill(first: int, last: int, size: int) -> None:
     with ItemCache("team") as cache:
         cache.take(
             Wanted(recipes, {"item": "team"}, Maker({}, {})),
-            lambda positions: [random.Random(first + one).randbytes(size) for one in positions],
+            Work(lambda numbers: [random.Random(first + one).randbytes(size) for one in numbers]),
             5000,
         )
 

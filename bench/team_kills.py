@@ -29,8 +29,10 @@ FIRST, MORE, SIZE = 1000, 300, 2000
 """Items at first and made before every push; bytes of one."""
 MAKE = """
 import random, sys
-from bob.cache.items import ItemCache, Wanted
+from bob.cache.items import ItemCache
 from bob.cache.recipe import Maker, item_key
+from bob.cache.wanted import Wanted
+from bob.cache.work import Work
 
 count = int(sys.argv[1])
 with ItemCache("kills") as cache:
@@ -40,7 +42,7 @@ with ItemCache("kills") as cache:
         recipes = [item_key(number=number) for number in range(count)]
     rows = cache.take(
         Wanted(recipes, {"item": "kills"}, Maker({}, {})),
-        lambda positions: [random.Random(number).randbytes(SIZE) for number in positions],
+        Work(lambda positions: [random.Random(number).randbytes(SIZE) for number in positions]),
         500,
     )
     print(cache.made, len(rows))

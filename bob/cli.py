@@ -114,8 +114,12 @@ def dataset(name: str, source: Path | None, folder: Path | None) -> None:
 
 
 @cli.command()
-@click.option("--gpu", metavar="NAME", help="By default this machine's, or else an h100.")
-def plan(gpu: str | None) -> None:
+@click.option("--gpu", metavar="NAME", help="By default what makes the items has, or else an h100.")
+@click.option(
+    "--gpus", type=click.IntRange(1), help="How many.  [default: as many as make the items]"
+)
+@click.option("--price", type=click.FloatRange(0), help="Of a GPU for an hour.")
+def plan(gpu: str | None, gpus: int | None, price: float | None) -> None:
     """Print what `dvc repro` would do and cost, and what of it is there already.
 
     Runs nothing, and needs of the models only their config files.
@@ -123,7 +127,7 @@ def plan(gpu: str | None) -> None:
     _prepare_libraries()
     from bob.commands.plan import plan as print_plan
 
-    print_plan(gpu)
+    print_plan(gpu, gpus, price)
 
 
 @cli.command()

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bob.cache.work import Hardware
 from bob.errors import BobError
-from bob.models.device import autocast, dtype_name, resolve_precision
+from bob.models.device import autocast
+from bob.models.precision import dtype_name, hardware_here, resolve_precision
 
 CPU = torch.device("cpu")
+HERE = hardware_here()
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -17,15 +20,15 @@ def test_auto_takes_bf16_only_where_the_processor_has_it():
     flags = CPUINFO.read_text()
     has_bf16 = "avx512_bf16" in flags or "amx_bf16" in flags
     expected = torch.bfloat16 if has_bf16 else torch.float32
-    assert resolve_precision("auto", CPU) == expected
+    assert resolve_precision("auto", HERE) == expected
 
 
 def test_a_precision_that_is_asked_for_is_taken():
-    assert resolve_precision("bf16", CPU) == torch.bfloat16
-    assert resolve_precision("fp32", CPU) == torch.float32
+    assert resolve_precision("bf16", HERE) == torch.bfloat16
+    assert resolve_precision("fp32", HERE) == torch.float32
     assert dtype_name(torch.bfloat16) == "bf16"
     with pytest.raises(BobError, match="fp16 needs a GPU"):
-        resolve_precision("fp16", CPU)
+        resolve_precision("fp16", Hardware("cpu", bf16=True))
 
 
 def test_autocast_multiplies_in_the_precision_and_fp32_is_left_alone():

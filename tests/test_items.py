@@ -18,10 +18,12 @@ from dvc.repo import Repo
 from bob.cache import recipe
 from bob.cache.check import CheckingCache
 from bob.cache.index import Index, Row
-from bob.cache.items import MAKE, TRIALS, ItemCache, Wanted
+from bob.cache.items import MAKE, TRIALS, ItemCache
 from bob.cache.lists import Item, read_items, write_items
 from bob.cache.recipe import Maker as Code
 from bob.cache.recipe import code_hashes, item_key
+from bob.cache.wanted import Wanted
+from bob.cache.work import Work
 from bob.cli import cli
 from bob.errors import BobError
 from bob.models import captioner, endpoint, sampling, vlm
@@ -61,7 +63,7 @@ def take(keys=KEYS, batch_size=4, make=None):
     """Take items in a process's way; returns their bytes and the positions that were made."""
     make = make or Maker()
     with ItemCache("test") as cache:
-        found = [cache.read(row.oid) for row in cache.take(wanted(keys), make, batch_size)]
+        found = [cache.read(row.oid) for row in cache.take(wanted(keys), Work(make), batch_size)]
         assert (cache.reused, cache.made) == (len(set(keys)) - len(make.made), len(make.made))
     return found, make.made
 
@@ -113,7 +115,7 @@ def test_a_run_that_fails_loses_no_more_than_the_batch_in_flight(repository):
         return make(positions)
 
     with pytest.raises(KeyboardInterrupt), ItemCache("test") as cache:
-        cache.take(wanted(), failing, 4)
+        cache.take(wanted(), Work(failing), 4)
     assert take()[1] == [8, 9]
 
 
@@ -129,7 +131,7 @@ def test_a_batch_is_encoded_and_kept_while_the_next_one_is_made(repository):
         return positions
 
     with ItemCache("test") as cache:
-        rows = cache.take(wanted(), make, 4, encode=lambda position: f"item {position}".encode())
+        rows = cache.take(wanted(), Work(make, encode=lambda number: f"item {number}".encode()), 4)
         assert [cache.read(row.oid) for row in rows] == [f"item {n}".encode() for n in range(10)]
     assert len(kept_meanwhile) == 4
 
@@ -141,7 +143,7 @@ def test_what_cannot_be_encoded_ends_the_run_and_keeps_the_batches_before(reposi
         return b"item"
 
     with pytest.raises(BobError, match="no room for 5"), ItemCache("test") as cache:
-        cache.take(wanted(), list, 4, encode=encode)
+        cache.take(wanted(), Work(list, encode=encode), 4)
     assert len(Index(INDEX).all()) == 4
 
 
@@ -165,14 +167,14 @@ class Otherwise(Maker):
 def before(recipes=KEYS):
     """Other code has made all."""
     with ItemCache("test") as cache:
-        cache.take(wanted(recipes, CODE_BEFORE), Maker(), 4)
+        cache.take(wanted(recipes, CODE_BEFORE), Work(Maker()), 4)
 
 
 def now(make=None, **more):
     """The account of the present code's run, and what was made."""
     make = make or Maker()
     with ItemCache("test") as cache:
-        rows = cache.take(wanted(**more), make, 4)
+        rows = cache.take(wanted(**more), Work(make), 4)
         return cache.account, make.made, [cache.read(row.oid) for row in rows]
 
 
@@ -328,7 +330,7 @@ def test_why_items_were_made_is_kept(repository):
     def made_because(family, code=CODE_NOW, number=0):
         recipes = [item_key(**family, number=number)]
         with ItemCache("test") as cache:
-            cache.take(Wanted(recipes, family, code, on_trial=False), Maker(), 4)
+            cache.take(Wanted(recipes, family, code, on_trial=False), Work(Maker()), 4)
         return Index(INDEX).last_runs()["test"].because
 
     family = {"item": "image", "steps": 20, "lora": "a" * 64, "size": 64}
@@ -358,7 +360,7 @@ def test_nothing_is_made_where_that_is_forbidden(repository, monkeypatch):
 
 def check(make, code=CODE_NOW, share=1.0, **more):
     with CheckingCache("test", share) as cache:
-        rows = cache.take(wanted(code=code, **more), make, 4)
+        rows = cache.take(wanted(code=code, **more), Work(make), 4)
         return [one.row.recipe for one in cache.differences], cache.checked, oids_of(rows)
 
 
@@ -500,7 +502,9 @@ def test_an_index_that_cannot_be_opened_is_told_in_one_line(repository):
 
 WORKER = """
 import sys, time
-from bob.cache.items import ItemCache, Wanted
+from bob.cache.items import ItemCache
+from bob.cache.wanted import Wanted
+from bob.cache.work import Work
 from bob.cache.recipe import Maker, item_key
 
 def make(positions):
@@ -512,7 +516,7 @@ numbers = range(*map(int, sys.argv[1:]))
 with ItemCache("test") as cache:
     keys = [item_key(number=number) for number in numbers]
     wanted = Wanted(keys, {"item": "test"}, Maker({}, {}))
-    rows = cache.take(wanted, make, 8)
+    rows = cache.take(wanted, Work(make), 8)
     assert [cache.read(row.oid) for row in rows] == [str(number).encode() for number in numbers]
 """
 
@@ -560,7 +564,7 @@ def test_files_are_placed_as_dvcs_cache_type_says(repository, kinds):
     with Repo() as repo, repo.config.edit("repo") as config:
         config["cache"]["type"] = kinds
     with ItemCache("test") as cache:
-        oids = oids_of(cache.take(wanted(KEYS[:3]), Maker(), 4))
+        oids = oids_of(cache.take(wanted(KEYS[:3]), Work(Maker()), 4))
         paths = [Path(f"out/{number}/item") for number in range(3)]
         cache.place(oids, paths)
         again = [Path(f"again/{number}") for number in range(3)]
@@ -579,7 +583,7 @@ def test_a_file_that_cannot_be_linked_is_copied(repository, monkeypatch):
 
     monkeypatch.setattr("os.link", refuse)
     with ItemCache("test") as cache:
-        cache.place(oids_of(cache.take(wanted(KEYS[:1]), Maker(), 4)), [Path("item")])
+        cache.place(oids_of(cache.take(wanted(KEYS[:1]), Work(Maker()), 4)), [Path("item")])
     assert Path("item").read_bytes() == b"item 0"
 
 
@@ -627,6 +631,11 @@ def test_code_is_hashed_without_comments_and_docstrings(tmp_path, monkeypatch, o
 
 # Imported by the code that makes items, without a say in what an item is.
 DECIDES_NOTHING = {
+    "cache.executors.chosen": "says where items are made",
+    "cache.executors.local": "makes them here",
+    "cache.gpu_locks": "says which GPU is free",
+    "cache.recipe": "names makers",
+    "cache.work": "names what an executor is given",
     "errors": "says what went wrong",
     "formats.files": "reads and writes JSON, and hashes a photo to compare it with its manifest",
     "formats.layout": "says where outputs lie",
@@ -687,7 +696,7 @@ def test_pruning_forgets_what_is_gone_and_nothing_else(repository):
 def listed(path=Path("results/items/test.jsonl")):
     """Take all items and list them as a stage does, half as files and half as texts."""
     with ItemCache("test") as cache:
-        rows = cache.take(wanted(), Maker(), 4)
+        rows = cache.take(wanted(), Work(Maker()), 4)
         files = [Path(f"results/test/{number}") for number in range(5)]
         cache.place(oids_of(rows[:5]), files)
         texts = [cache.read(row.oid).decode() for row in rows[5:]]

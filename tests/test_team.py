@@ -18,6 +18,7 @@ from bob.cache.index import Index, Row, Trial
 from bob.cache.items import FETCH, ItemCache
 from bob.cache.shards import Basis, Evidence, read_shard, write_shard
 from bob.cache.team import TeamIndex
+from bob.cache.work import Work
 from bob.commands import team as commands
 from bob.dvc.remote import Remote
 from bob.errors import BobError
@@ -162,7 +163,7 @@ def test_an_object_comes_when_its_item_is_taken_and_no_other_does(team):
 def test_a_fetched_object_is_one_of_dvcs_cache(team):
     pushed(team)
     with ItemCache("test") as cache:
-        (row,) = cache.take(wanted(KEYS[:1]), Maker(), 4)
+        (row,) = cache.take(wanted(KEYS[:1]), Work(Maker()), 4)
         cache.place([row.oid], [Path("item")])
     assert (OBJECTS / row.oid[:2] / row.oid[2:]).stat().st_mode & 0o777 == 0o444
     with Repo() as repo:

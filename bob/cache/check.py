@@ -2,12 +2,13 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from bob.cache.index import Row, Trial
-from bob.cache.items import ItemCache, Wanted, md5_of
+from bob.cache.items import ItemCache, md5_of
+from bob.cache.wanted import Wanted
+from bob.cache.work import Made, Work
 from bob.errors import BobError
 from bob.formats.photos import batches
 
@@ -37,10 +38,9 @@ class CheckingCache(ItemCache):
     def take(
         self,
         wanted: Wanted,
-        make: Callable[[list[int]], list[Any]],
+        work: Work,
         batch_size: int,
         progress: str = "",
-        encode: Callable[[Any], bytes] = bytes,
     ) -> list[Row]:
         """The wanted items, in order, of which none is made anew."""
         position = {recipe: number for number, recipe in enumerate(wanted.recipes)}
@@ -52,10 +52,14 @@ class CheckingCache(ItemCache):
             )
         chosen = random.sample(sorted(rows), math.ceil(self._share * len(rows)))
         self.total += len(rows)
-        for batch in batches(chosen, batch_size):
-            items = make([position[recipe] for recipe in batch])
-            for recipe, item in zip(batch, map(encode, items), strict=True):
-                self._compare(wanted, rows[recipe], item)
+
+        def compare(batches: Sequence[Made]) -> None:
+            for made in batches:
+                for number, item in zip(made.numbers, made.items, strict=True):
+                    self._compare(wanted, rows[wanted.recipes[number]], item)
+
+        places = list(batches([position[recipe] for recipe in chosen], batch_size))
+        self.executor(work).make(work, wanted.maker, places, len(places), compare)
         self.checked += len(chosen)
         return [rows[recipe] for recipe in wanted.recipes]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bob.cache import node
 from bob.cache.index import warn
 from bob.formats.files import replacing_file
 
@@ -21,11 +22,15 @@ DAYS_KEPT = 7
 class Checkpoint:
     """The checkpoint of one run, `<key>.pt` in `folder`; old ones of other runs are removed.
 
+    On another machine, which has no such folder, it lies in that of bob/cache/node.py.
+
     One file and no folder of its own: runs of the same key may work at once, and none may take
     away a folder that another is about to write to.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
+        if not folder.is_dir():
+            folder = node.folder("checkpoints")
         self._path = folder / f"{key}.pt"
         self._written = time.monotonic()
         for path in folder.iterdir():

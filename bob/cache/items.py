@@ -14,28 +14,28 @@ has changed since: DVC itself does not notice an altered object.
 
 import hashlib
 import os
-import random
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from tqdm import tqdm
 
-from bob.cache.index import Index, LastRun, Row, Trial, warn
+from bob.cache.executors.chosen import LOCAL, executor
+from bob.cache.index import Index, LastRun, Row, warn
 from bob.cache.lists import Item, read_items
-from bob.cache.recipe import Maker, item_key, parts_changed
+from bob.cache.making import Making
+from bob.cache.recipe import item_key
+from bob.cache.trials import Trials
+from bob.cache.wanted import Wanted
+from bob.cache.work import Executor, Work
 from bob.dvc.remote import Remote
 from bob.dvc.store import ObjectStore
 from bob.errors import BobError
 
-PATIENCE = 2.0
 _FOLDER = "bob"  # in DVC's cache
 _TABLE = "{:<10}{:>10}{:>16}{:>10}{:>8}{:>18}{:>8}"
 
@@ -46,31 +46,6 @@ MAKE = "BOB_MAKE"
 """Environment variable; `nothing` raises an error at the first item that is not cached."""
 FETCH = "BOB_FETCH"
 """Environment variable; `nothing` takes no object from a remote: what lies there is made."""
-
-
-def _nothing(_: Sequence[int]) -> Iterable[int]:
-    return ()
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Items of one family, and what would make them now."""
-
-    recipes: Sequence[str]
-    family: Mapping[str, object]
-    """What all of them have in common, and may be tried together."""
-    maker: Maker
-    covering: Callable[[Sequence[int]], Iterable[int]] = _nothing
-    """Of these positions in `recipes`, those that a trial should not leave out."""
-    differing: Callable[[bytes, bytes], str] | None = None
-    """How far two items are apart, in words."""
-    on_trial: bool = True
-    """Whether a trial may be made; not where it costs as much as what it could save."""
-
-    @cached_property
-    def family_id(self) -> str:
-        """Hash of the family."""
-        return item_key(**self.family)
 
 
 class ItemCache:
@@ -84,6 +59,8 @@ class ItemCache:
         index = self._store.folder(_FOLDER) / "items.sqlite"
         self.index = Index(index, shared=self._store.shared)
         self.stage = stage
+        self._executor = LOCAL
+        self._trials = Trials(self.index, stage)
         self.reused, self.made = 0, 0
         self._by_others, self._tried = 0, 0
         self._because: dict[str, None] = {}  # a set in the order of its making
@@ -99,6 +76,7 @@ class ItemCache:
     ) -> None:
         if kind is None:
             self._ended()
+        self._executor.close()
         self._store.close()
 
     def _ended(self) -> None:
@@ -120,81 +98,29 @@ class ItemCache:
             basis = f" ({some}made by earlier code, same bytes in {trial})"
         return f"{self.reused} reused{basis}, {self.made} made"
 
-    def take(
-        self,
-        wanted: Wanted,
-        make: Callable[[list[int]], list[Any]],
-        batch_size: int,
-        progress: str = "",
-        encode: Callable[[Any], bytes] = bytes,
-    ) -> list[Row]:
-        """The wanted items, in order; what is missing is made.
+    def take(self, wanted: Wanted, work: Work, batch_size: int, progress: str = "") -> list[Row]:
+        """The wanted items, in order; what is missing is made, `batch_size` of them at a time.
 
-        `make` gets positions in `wanted.recipes`, at most `batch_size` of them, and returns the
-        items; it is not called where all items are cached. Of items with the same recipe one is
-        made. `encode` turns an item into its bytes. A batch is encoded and kept in threads while
-        the next one is made.
-
-        Where other code has made items of these recipes, one full batch of them is made again and
-        compared byte for byte. If all are equal, the two makers are taken to make the same in the
-        whole family, now and later, and its other items are reused; if one is not, none is.
-
-        Several processes help each other: each announces a batch before it makes it and goes round
-        what another has announced. What is still missing in the end it waits for, but no longer
-        than PATIENCE of its own slowest batches, and then makes it: the other may have died.
+        Nothing of `work` is called where all items are cached. Of items with the same recipe one is
+        made. Where other code has made some, a trial decides whether they are reused
+        (bob/cache/trials.py). Several processes help each other (bob/cache/making.py).
         """
         recipes, maker = wanted.recipes, wanted.maker.id
         position = {recipe: number for number, recipe in reversed(list(enumerate(recipes)))}
-        rows = self._present(position, maker)
+        rows = self.found(position, maker)
         self.reused += len(rows)
         if len(rows) < len(position):
-            rows |= self._by_other_makers(wanted, position, rows, make, batch_size, encode)
-        waiting = deque(recipe for recipe in dict.fromkeys(recipes) if recipe not in rows)
-        if waiting:
-            self._check_may_make(len(waiting), len(position))
-        left_to_others: list[str] = []
-        slowest, give_up = 0.0, None
-        kept: Future[dict[str, Row]] | None = None
-        with (
-            tqdm(total=len(waiting), desc=progress, disable=None if waiting else True) as bar,
-            ThreadPoolExecutor() as encoders,
-            ThreadPoolExecutor(1) as keeper,
-        ):
-            while waiting or left_to_others:
-                batch: list[str] = []
-                while waiting and len(batch) < batch_size:
-                    candidates = [
-                        waiting.popleft() for _ in range(min(batch_size - len(batch), len(waiting)))
-                    ]
-                    ours = self.index.start(candidates, maker)
-                    batch += [recipe for recipe in candidates if recipe in ours]
-                    left_to_others += [recipe for recipe in candidates if recipe not in ours]
-                if not batch:
-                    found = self._present(left_to_others, maker)
-                    self.reused += len(found)
-                    rows |= found
-                    bar.update(len(found))
-                    left_to_others = [recipe for recipe in left_to_others if recipe not in found]
-                    if found or give_up is None:
-                        give_up = time.monotonic() + PATIENCE * slowest
-                    if left_to_others and time.monotonic() < give_up:
-                        time.sleep(slowest / 10)
-                        continue
-                    # Whoever comes here finds the same few: they must not all take the same.
-                    random.shuffle(left_to_others)
-                    batch, left_to_others = left_to_others[:batch_size], left_to_others[batch_size:]
-                if batch:
-                    began = time.monotonic()
-                    items = make([position[recipe] for recipe in batch])
-                    encoded = [encoders.submit(encode, item) for item in items]
-                    if kept:  # before the next, so that no more than two are in memory
-                        rows |= kept.result()
-                    kept = keeper.submit(self._keep, batch, maker, encoded)
-                    slowest = max(slowest, time.monotonic() - began)
-                    bar.update(len(batch))
-            if kept:
-                rows |= kept.result()
+            rows |= self._by_other_makers(wanted, position, rows, work, batch_size)
+        if missing := sorted(position[recipe] for recipe in position.keys() - rows.keys()):
+            self._check_may_make(len(missing), len(position))
+            with tqdm(total=len(missing), desc=progress, disable=None) as bar:
+                rows |= Making(self, wanted, work, batch_size, bar).made(missing)
         return [rows[recipe] for recipe in recipes]
+
+    def executor(self, work: Work) -> Executor:
+        """Who makes the items; they are let go of with the cache."""
+        self._executor = executor() if work.elsewhere else LOCAL
+        return self._executor
 
     def _check_may_make(self, missing: int, total: int) -> None:
         if os.environ.get(MAKE) == "nothing":
@@ -203,17 +129,11 @@ class ItemCache:
                 "in the item cache"
             )
 
-    def _keep(
-        self, batch: Sequence[str], maker: str, encoded: Sequence[Future[bytes]]
-    ) -> dict[str, Row]:
-        return self._keep_bytes(batch, maker, [future.result() for future in encoded])
-
-    def _keep_bytes(
-        self, batch: Sequence[str], maker: str, items: Sequence[bytes]
-    ) -> dict[str, Row]:
+    def keep(self, wanted: Wanted, items: Mapping[str, bytes]) -> dict[str, Row]:
+        """Recipe -> row of items that were made; they are taken in as the present maker's."""
         rows = [
-            Row(recipe, maker, self._put(item), len(item), self.stage)
-            for recipe, item in zip(batch, items, strict=True)
+            Row(recipe, wanted.maker.id, self._put(item), len(item), self.stage)
+            for recipe, item in items.items()
         ]
         self.index.add(rows)
         self.made += len(rows)
@@ -226,21 +146,21 @@ class ItemCache:
         wanted: Wanted,
         position: Mapping[str, int],
         present: Mapping[str, Row],
-        make: Callable[[list[int]], list[Any]],
+        work: Work,
         batch_size: int,
-        encode: Callable[[Any], bytes],
     ) -> dict[str, Row]:
         """What may be reused of other makers' items, and what trials have made to know that."""
         missing = {recipe for recipe in position if recipe not in present}
         made_by: dict[str, dict[str, Row]] = {}
         for row in self.index.find(missing):
             made_by.setdefault(row.maker, {})[row.recipe] = row
-        self._explain(wanted, made_by)
+        if reason := self._trials.explain(wanted, made_by):
+            self._because[reason] = None
         self.index.record_maker(wanted.maker)
         if os.environ.get(TRIALS) == "strict":
             return {}
         taken: dict[str, Row] = {}
-        same, different = self._judged(wanted)
+        same, different = self._trials.judged(wanted)
         # Those known to make the same first, then those that have made the most.
         for maker in sorted(made_by, key=lambda one: (one not in same, -len(made_by[one]), one)):
             if maker in different or (maker not in same and not wanted.on_trial):
@@ -253,100 +173,43 @@ class ItemCache:
                 continue
             if maker not in same:
                 self._check_may_make(len(missing) - len(taken), len(position))
-                tried = self._try(wanted, position, rows, make, batch_size, encode)
+                places = [position[recipe] for recipe in rows]
+                chosen = self._trials.chosen(wanted, places, batch_size)
+                tried = Making(self, wanted, work, batch_size).of([chosen])
+                self._tried += len(tried)
                 taken |= tried
-                same, different = self._judged(wanted)
-                if maker not in same:
+                if unequal := self._trials.record(wanted, rows, tried):
+                    self._report(wanted, rows, tried, unequal)
                     continue
+                same, different = self._trials.judged(wanted)
                 rows = self._whole(row for recipe, row in rows.items() if recipe not in tried)
             taken |= rows
             self.reused += len(rows)
             self._by_others += len(rows)
         return taken
 
-    def _judged(self, wanted: Wanted) -> tuple[set[str], set[str]]:
-        """The makers that make the same in this family as the present one, and those that do not.
-
-        To make the same bytes is transitive: what is the same as a maker that is the same, is.
-        """
-        trials = self.index.trials(wanted.family_id)
-        same = {wanted.maker.id}
-        while more := {
-            maker
-            for trial in trials
-            if trial.same and len({trial.one, trial.other} & same) == 1
-            for maker in {trial.one, trial.other} - same
-        }:
-            same |= more
-        different = {
-            maker
-            for trial in trials
-            if not trial.same and {trial.one, trial.other} & same
-            for maker in {trial.one, trial.other} - same
-        }
-        return same, different
-
-    def _try(
+    def _report(
         self,
         wanted: Wanted,
-        position: Mapping[str, int],
-        rows: Mapping[str, Row],
-        make: Callable[[list[int]], list[Any]],
-        batch_size: int,
-        encode: Callable[[Any], bytes],
-    ) -> dict[str, Row]:
-        """Make a batch of another maker's items, compare, and record what came of it."""
-        places = sorted(position[recipe] for recipe in rows)
-        by_hash = sorted(places, key=lambda place: wanted.recipes[place])
-        chosen = list(dict.fromkeys([places[0], places[-1], *wanted.covering(places), *by_hash]))[
-            :batch_size
-        ]
-        batch = [wanted.recipes[place] for place in chosen]
-        items = [encode(item) for item in make(chosen)]
-        made = self._keep_bytes(batch, wanted.maker.id, items)
-        unequal = [recipe for recipe in batch if made[recipe].oid != rows[recipe].oid]
-        other = rows[batch[0]].maker
-        trial = Trial(wanted.maker.id, other, len(batch) - len(unequal), len(batch))
-        self.index.record_trial(wanted.family_id, trial, batch)
-        self._tried += len(batch)
-        if unequal:
-            how = ""
-            if wanted.differing and self._whole([rows[unequal[0]]]):
-                new = items[batch.index(unequal[0])]
-                how = f" ({wanted.differing(self.read(rows[unequal[0]].oid), new)})"
-            changes = ", ".join(self._code_changes(other, wanted.maker))
-            tqdm.write(
-                f"{self.stage}: the code has changed ({changes}); {len(unequal)} of {len(batch)} "
-                f"items on trial came out otherwise{how}, so none of the {len(rows)} that the "
-                "earlier code has made is reused",
-                file=sys.stderr,
-            )
-        return made
+        theirs: Mapping[str, Row],
+        ours: Mapping[str, Row],
+        unequal: Sequence[str],
+    ) -> None:
+        one = theirs[unequal[0]]
+        how = ""
+        if wanted.differing and self._whole([one]):
+            how = f" ({wanted.differing(self.read(one.oid), self.read(ours[one.recipe].oid))})"
+        changes = ", ".join(self._trials.code_changes(one.maker, wanted.maker))
+        tqdm.write(
+            f"{self.stage}: the code has changed ({changes}); {len(unequal)} of {len(ours)} items "
+            f"on trial came out otherwise{how}, so none of the {len(theirs)} that the earlier code "
+            "has made is reused",
+            file=sys.stderr,
+        )
 
-    def _explain(self, wanted: Wanted, made_by: Mapping[str, Mapping[str, Row]]) -> None:
-        """Keep, in words, why items are not there: other code, or another family."""
-        others = [maker for maker in made_by if maker != wanted.maker.id]
-        families = self.index.families(self.stage)
-        if others:
-            changed = [self._code_changes(one, wanted.maker) for one in others]
-            self._because[f"other code: {_shortest(changed)}"] = None
-        elif wanted.family_id in families:
-            self._because["not asked for before with these settings"] = None
-        else:
-            alike = [
-                parts_changed(parts, wanted.family)
-                for parts in families.values()
-                if parts.get("item") == wanted.family.get("item")
-            ]
-            if alike:
-                self._because[_shortest(alike)] = None
-        self.index.record_family(self.stage, wanted.family_id, wanted.family)
+    # --- which objects are whole ---------------------------------------------------------------
 
-    def _code_changes(self, maker: str, present: Maker) -> list[str]:
-        known = self.index.maker(maker)
-        return known.changes(present) if known else ["in what, is not known here"]
-
-    def _present(self, recipes: Iterable[str], maker: str) -> dict[str, Row]:
+    def found(self, recipes: Iterable[str], maker: str) -> dict[str, Row]:
         """Recipe -> row of what this maker has made; see `_whole`."""
         return self._whole(self.index.find(recipes, maker))
 
@@ -478,6 +341,22 @@ class ItemCache:
             raise BobError(f"{path} is missing; `dvc pull` or `bob fetch` brings it")
         return tree_hash(self._store.hashes(path))
 
+    def reading(self, *folders: Path) -> Callable[[list[int]], dict[Path, str]]:
+        """`Work.files` of what reads these folders: path and MD5 of each file in them.
+
+        They are looked at when it is first called.
+        """
+
+        @cache
+        def found() -> dict[Path, str]:
+            return {
+                folder / name: md5
+                for folder in folders
+                for name, md5 in self._store.hashes(folder).items()
+            }
+
+        return lambda numbers: found()
+
     def known(self, wanted: Wanted) -> dict[str, str]:
         """Recipe -> object id of what is cached, by its name: no object is read.
 
@@ -498,7 +377,7 @@ class ItemCache:
 
     def _same(self, wanted: Wanted) -> list[Row]:
         """Rows by the present maker, last, and by those known to make the same."""
-        same, _ = self._judged(wanted)
+        same, _ = self._trials.judged(wanted)
         rows = [row for row in self.index.find(wanted.recipes) if row.maker in same]
         return sorted(rows, key=lambda row: row.maker == wanted.maker.id)
 
@@ -579,10 +458,6 @@ _md5 = partial(hashlib.md5, usedforsecurity=False)
 def md5_of(item: bytes) -> str:
     """The name of the object that holds an item."""
     return _md5(item).hexdigest()
-
-
-def _shortest(changes: Iterable[list[str]]) -> str:
-    return ", ".join(sorted(changes, key=len)[0])
 
 
 def tree_hash(files: Mapping[str, str]) -> str:

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from bob.formats.files import replacing_file
 from bob.miniature.recipes import SEED, Recipe
 from bob.miniature.world import CONTEXTS, TASK, corpus_variants
-from bob.models.device import autocast, resolve_precision
+from bob.models.device import autocast
+from bob.models.precision import hardware_here, resolve_precision
 
 CHECKPOINT_SECONDS = 60
 # Any: of what class a network is, the loss knows and `fit` need not.
@@ -100,7 +101,7 @@ def _backward(
 
     def shard(number: int) -> tuple[float, tuple[Tensor, ...]]:
         generator = torch.Generator().manual_seed((SEED * 1_000_000 + step) * 16 + number)
-        with autocast(device, resolve_precision(recipe.precision, device)):
+        with autocast(device, resolve_precision(recipe.precision, hardware_here())):
             value = loss(module, generator, count)
         return value.item(), torch.autograd.grad(value, parameters)
 

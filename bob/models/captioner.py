@@ -29,6 +29,8 @@ class Model(Protocol):
     """The modules of bob that decide an answer."""
     libraries: tuple[str, ...]
     """The libraries whose version decides an answer."""
+    elsewhere: bool
+    """Whether another machine could be asked as well: it has the model where this one has it."""
 
     @property
     def settings(self) -> dict[str, object]:
@@ -45,6 +47,7 @@ class Captioner:
         self._model, self._image_side = model, image_side
         self.made_by = (*MADE_BY, *model.made_by)
         self.libraries = (*LIBRARIES, *model.libraries)
+        self.elsewhere = model.elsewhere
 
     @property
     def settings(self) -> dict[str, object]:

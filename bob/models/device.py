@@ -1,39 +1,28 @@
-"""Which device computes, and in which precision."""
+"""Which device computes, and how."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 
-from bob.errors import BobError
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from bob.cache import gpu_locks
 
 
-def best_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@cache
+def computing_device() -> torch.device:
+    """The device of this process: a free GPU of the machine, held until the process ends.
 
-
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products for a `precision` parameter.
-
-    `auto` is bf16 where the hardware multiplies in it and fp32 elsewhere: emulated bf16 is four
-    times slower than fp32 on a CPU without the instructions.
-
-    Raises BobError for a precision that the device does not compute in.
+    The CPU where there is no GPU. Waits where none is free: to be called when something is to be
+    computed, not when it is only planned.
     """
-    if precision == "auto":
-        return torch.bfloat16 if _has_bf16(device) else torch.float32
-    if precision == "fp16" and device.type == "cpu":
-        raise BobError("precision: fp16 needs a GPU; use auto, bf16 or fp32 on the CPU")
-    return _DTYPES[precision]
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Underscored, but the one place torch tells it: get_cpu_capability() stops at AVX512.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # By what no CUDA_VISIBLE_DEVICES renumbers.
+    names = [str(torch.cuda.get_device_properties(number).uuid) for number in range(count)]
+    device = torch.device("cuda", gpu_locks.take_free(names))
+    torch.cuda.set_device(device)
+    return device
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -52,8 +41,3 @@ def fastest_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_for
     if device.type == "cpu" and dtype == torch.bfloat16:
         return torch.contiguous_format
     return torch.channels_last
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name a `precision` parameter has for `dtype`: bf16, fp16 or fp32."""
-    return next(name for name, known in _DTYPES.items() if known == dtype)

@@ -74,6 +74,7 @@ class Endpoint:
 
     made_by: tuple[str, ...] = MADE_BY
     libraries: tuple[str, ...] = LIBRARIES
+    elsewhere = False  # it is asked from here, where its key is
 
     def __init__(self, folder: Path, batch_size: int) -> None:
         self._file, self._batch_size = folder / FILE, batch_size

@@ -1,5 +1,6 @@
 """Training a LoRA on captioned photos, from the photos to the LoRA's file."""
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from bob.cache.checkpoints import Checkpoint
 from bob.formats.photos import Photo, batches, open_image
 from bob.models import denoising, diffusion
+from bob.models.device import computing_device
 from bob.models.lora import LORA_FILE, add_lora, save_lora
 
 # The maker of a LoRA: the modules that train, and what they stand on.
@@ -28,15 +30,17 @@ ENCODE_BATCH = 8  # photos
 
 def train(
     base_model: Path,
-    device: torch.device,
     dtype: torch.dtype,
     photos: Sequence[Photo],
     captions: Sequence[str],
     settings: Any,
     checkpoint: Checkpoint,
-) -> tuple[bytes, list[float]]:
-    """Fine-tune on the captioned photos; the LoRA's file and the mean loss of every epoch."""
-    pipeline = diffusion.load(base_model, device)
+) -> tuple[bytes, bytes]:
+    """Fine-tune on the captioned photos; the LoRA's file, and the mean losses of epochs as JSON.
+
+    Goes on from the checkpoint where there is one.
+    """
+    pipeline = diffusion.load(base_model, computing_device())
     means, stds = encode_photos(pipeline, photos)
     pipeline.vae = None  # its memory is the training's from here on
     tokens = diffusion.tokenize(pipeline, captions)
@@ -47,7 +51,7 @@ def train(
     losses = denoising.train(pipeline, parameters, means, stds, tokens, settings, dtype, checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         save_lora(pipeline, Path(folder))
-        return (Path(folder) / LORA_FILE).read_bytes(), losses
+        return (Path(folder) / LORA_FILE).read_bytes(), json.dumps(losses).encode()
 
 
 def encode_photos(pipeline: Any, photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,10 +19,11 @@ from diffusers import (
 from PIL import Image
 
 from bob.models import diffusion
-from bob.models.device import autocast, best_device, dtype_name, resolve_precision
+from bob.models.device import autocast, computing_device
+from bob.models.precision import dtype_name, resolve_precision
 
 # Named in an image's key in the item cache: the modules that make it, and what they stand on.
-MADE_BY = ("models.device", "models.diffusion", "models.sampling")
+MADE_BY = ("models.device", "models.diffusion", "models.precision", "models.sampling")
 LIBRARIES = ("diffusers", "peft", "torch", "transformers")
 
 # Decoded at once: 64 images of 64 px, or one of 512 px, which fills a GPU with work already, where
@@ -54,8 +55,7 @@ class ImageMaker:
         batch_size: int,
     ) -> None:
         self._base_model, self._lora = base_model, lora
-        self._device = best_device()
-        self._dtype = resolve_precision(precision, self._device)
+        self._dtype = resolve_precision(precision)
         self._sampler, self._steps, self._guidance_scale = sampler, steps, float(guidance_scale)
         self._batch_size = batch_size
         self._embeddings: dict[str, torch.Tensor] = {}
@@ -76,7 +76,7 @@ class ImageMaker:
 
     @cached_property
     def _pipeline(self) -> StableDiffusionPipeline:
-        pipeline = load(self._base_model, self._lora, self._device)
+        pipeline = load(self._base_model, self._lora, computing_device())
         pipeline.scheduler = SAMPLERS[self._sampler](pipeline.scheduler.config)
         diffusion.cast(pipeline.unet, self._dtype)
         return pipeline

@@ -24,7 +24,8 @@ from bob.errors import BobError
 from bob.formats.photos import Task, open_image
 from bob.models.backbones import Backbone, predict
 from bob.models.classifiers import weights_file
-from bob.models.device import autocast, best_device, dtype_name, resolve_precision
+from bob.models.device import autocast, computing_device
+from bob.models.precision import dtype_name, hardware, resolve_precision
 from bob.models.preprocessing import Preprocessing, normalise, read_pixels
 
 # Named in a classifier's key in the item cache: the modules that train it, and what they stand on;
@@ -34,6 +35,7 @@ MADE_BY = (
     "models.classifiers",
     "models.device",
     "models.loading",
+    "models.precision",
     "models.preprocessing",
     "models.training",
     "formats.photos",
@@ -107,8 +109,7 @@ class Trainer:
     ) -> None:
         self._backbone, self._task, self._recipe = backbone, task, recipe
         self._real, self._synthetic, self._validation = real, synthetic, validation
-        self._device = best_device()
-        self._dtype = training_dtype(recipe.precision, self._device)
+        self._dtype = training_dtype(recipe.precision)
         self.made_by = (*MADE_BY, *backbone.modules)
         self.libraries = (*LIBRARIES, *backbone.libraries)
 
@@ -128,8 +129,8 @@ class Trainer:
         return settings
 
     @cached_property
-    def files(self) -> dict[str, Any]:
-        """What lies beside every classifier's weights, as `Backbone.files` gives it.
+    def config(self) -> dict[str, Any]:
+        """The JSON files that lie beside every classifier's weights, as `Backbone.files` gives it.
 
         Raises BobError where the backbone is unfit.
         """
@@ -156,8 +157,8 @@ class Trainer:
             return None
         return Validation.read(self._validation, self._backbone.preprocessing)
 
-    def make(self, with_synthetic: bool, seed: int, title: str) -> bytes:
-        """Train one classifier and return its file; `title` is for the progress bar."""
+    def make(self, with_synthetic: bool, seed: int, title: str) -> list[bytes]:
+        """Train one classifier and return its file, alone; `title` is for the progress bar."""
         real, validation = self._real_images, self._validation_images
         synthetic = self._synthetic_images if with_synthetic and self._synthetic else None
         # For a head or a LoRA, and dropout; after what only the first classifier has to read.
@@ -170,20 +171,29 @@ class Trainer:
             validation,
             self._recipe,
             seed,
-            self._device,
+            computing_device(),
+            self._dtype,
             title,
         )
-        return weights_file(
-            weights, self._backbone.architecture, {"result": result, "curves": curves}
-        )
+        history = {"result": result, "curves": curves}
+        return [weights_file(weights, self._backbone.architecture, history)]
+
+    def files(self, with_synthetic: bool) -> dict[Path, str]:
+        """Path and SHA-256 of the images that training reads."""
+        used = (self._real, self._validation, *([self._synthetic] if with_synthetic else []))
+        return {
+            path: sha256
+            for images in used
+            for path, sha256 in zip(images.paths, images.sha256, strict=True)
+        }
 
 
-def training_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products in training for a `precision` parameter."""
+def training_dtype(precision: str) -> torch.dtype:
+    """The dtype of matrix products in training for a `precision` parameter, where it is done."""
     # On a CPU that has bf16, convolutions were no faster in it, and small ones ten times slower.
-    if precision == "auto" and device.type == "cpu":
+    if precision == "auto" and hardware().device == "cpu":
         return torch.float32
-    return resolve_precision(precision, device)
+    return resolve_precision(precision)
 
 
 # --- images -------------------------------------------------------------------------------------
@@ -290,6 +300,7 @@ def train(
     recipe: Recipe,
     seed: int,
     device: torch.device,
+    dtype: torch.dtype,
     title: str = "",
 ) -> tuple[dict[str, Tensor], Result, Curves]:
     """Train `model`; returns the kept epoch's weights (CPU), its validation result and the curves.
@@ -299,7 +310,6 @@ def train(
     validation loss, then the earlier; without validation photos it is the last. Long runs are
     validated `VALIDATIONS` times at even distances, not after every epoch.
     """
-    dtype = training_dtype(recipe.precision, device)
     model.to(device).to(memory_format=torch.channels_last)
     torch.backends.cudnn.deterministic = True
     optimizer = torch.optim.AdamW(

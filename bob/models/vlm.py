@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from bob.errors import BobError
-from bob.models.device import best_device, dtype_name, resolve_precision
+from bob.models.device import computing_device
+from bob.models.precision import dtype_name, resolve_precision
 
 # Named in an answer's key in the item cache: the modules that make it, and what they stand on.
-MADE_BY = ("models.device", "models.vlm")
+MADE_BY = ("models.device", "models.precision", "models.vlm")
 LIBRARIES = ("torch", "torchvision", "transformers")
 
 
@@ -21,11 +22,11 @@ class VisionLanguageModel:
 
     made_by: tuple[str, ...] = MADE_BY
     libraries: tuple[str, ...] = LIBRARIES
+    elsewhere = True
 
     def __init__(self, folder: Path, precision: str, batch_size: int) -> None:
         self._folder, self._batch_size = folder, batch_size
-        self._device = best_device()
-        self._dtype = resolve_precision(precision, self._device)
+        self._dtype = resolve_precision(precision)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -49,7 +50,7 @@ class VisionLanguageModel:
             ) from None
         # The answer starts where the question ends, so padding goes before the question.
         processor.tokenizer.padding_side = "left"
-        return processor, model.eval().to(self._device)
+        return processor, model.eval().to(computing_device())
 
     def answer(self, images: Sequence[Image.Image], question: str, max_tokens: int) -> list[str]:
         """Ask one question of at most `batch_size` images, greedily; returns the raw answers.
@@ -78,7 +79,7 @@ class VisionLanguageModel:
             images=[[image] for image in padded],
             padding=True,
             return_tensors="pt",
-        ).to(self._device, dtype=model.dtype)
+        ).to(model.device, dtype=model.dtype)
         output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
         answers = output[: len(images), inputs["input_ids"].shape[1] :]
         return processor.batch_decode(answers, skip_special_tokens=True)

@@ -19,7 +19,7 @@ from bob.formats.photos import Photo, Task, batches, open_image, read_photos, re
 from bob.formats.prompts import ATTRIBUTES, Context, read_bank
 from bob.models import diffusion
 from bob.models.backbones import Backbone, open_backbone
-from bob.models.device import best_device
+from bob.models.device import computing_device
 from bob.models.preprocessing import read_inputs
 from bob.models.similarity import diversity, kernel_inception_distance, subset_size
 from bob.stages.caption import accepted_answers, cached_ask
@@ -77,7 +77,7 @@ def context_metrics(task: Task, generated: Sequence[Generated], params: Params) 
             for image, context in zip(asked, shown, strict=True)
             if context
         ]
-    base_model = diffusion.load(Path(params.finetune.base_model), best_device())
+    base_model = diffusion.load(Path(params.finetune.base_model), computing_device())
     clusters = cluster_contexts(pairs, len(real_pairs), base_model)
     metrics: dict[str, Any] = {
         "leakage": {
@@ -233,7 +233,7 @@ def text_features(pipeline: Any, texts: Sequence[str]) -> torch.Tensor:
 @torch.inference_mode()
 def _features(backbone: Backbone, *sets: Sequence[str | Path]) -> list[np.ndarray]:
     """Pooled features of each set of images, (n, d) float64."""
-    device = best_device()
+    device = computing_device()
     network = backbone.features().eval().to(device)
     return [
         torch.cat(

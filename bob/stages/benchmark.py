@@ -22,7 +22,7 @@ from bob.formats.files import replacing, write_csv, write_json
 from bob.formats.params import Params
 from bob.formats.photos import read_photos
 from bob.models.classifiers import REAL_AND_SYNTHETIC, Trained, load_classifier, read_trained
-from bob.models.device import best_device
+from bob.models.device import computing_device
 from bob.models.preprocessing import Preprocessing, read_inputs
 
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -99,13 +99,14 @@ def best_session(path: Path) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = torch.get_num_threads()
     # A waiting thread must not spin: it would take the processor from torch's turn.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    gpu = torch.cuda.is_available()
+    device = computing_device()
+    gpu = {"device_id": str(device.index)}
     candidates: list[tuple[str, dict[str, str]]] = [
-        ("TensorrtExecutionProvider", {}),
-        ("CUDAExecutionProvider", {"use_tf32": "0"}),
+        ("TensorrtExecutionProvider", gpu),
+        ("CUDAExecutionProvider", gpu | {"use_tf32": "0"}),
     ]
     for name, settings in candidates:
-        if not gpu or name not in onnxruntime.get_available_providers():
+        if device.type == "cpu" or name not in onnxruntime.get_available_providers():
             continue
         try:
             session = onnxruntime.InferenceSession(
@@ -125,7 +126,7 @@ def onnx_runner(session: onnxruntime.InferenceSession) -> Run:
 
 def torch_runner(trained: Trained) -> tuple[Run, torch.device]:
     """The torch model that was exported as a function from arrays to arrays, and its device."""
-    device = best_device()
+    device = computing_device()
     torch.backends.cudnn.allow_tf32 = False  # as ONNX Runtime's session is set up
     seed = trained.best_seed(REAL_AND_SYNTHETIC)
     model = load_classifier(REAL_AND_SYNTHETIC, seed)

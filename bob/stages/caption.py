@@ -2,14 +2,15 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bob.cache.items import ItemCache, Wanted
+from bob.cache.items import ItemCache
 from bob.cache.lists import Item, write_items
 from bob.cache.recipe import item_key, maker_of
+from bob.cache.wanted import Wanted
+from bob.cache.work import Work
 from bob.errors import BobError
 from bob.formats.files import replacing
 from bob.formats.layout import BANK, CAPTION, CAPTION_ITEMS, TRAIN
@@ -65,28 +66,35 @@ def cached_ask(cache: ItemCache, settings: Any, items: list[Item] | None = None)
     """
     captioner = captioner_of(settings)
     wanted_of = answers_wanted(cache, Path(settings.model), captioner)
+    model = cache.reading(Path(settings.model))
 
     def ask(photos: Sequence[Photo], question: str) -> list[str]:
-        def make(numbers: list[int]) -> list[bytes]:
+        def inputs(numbers: list[int]) -> tuple[list[Photo], str]:
+            return [photos[number] for number in numbers], question
+
+        def keeping(asked: Sequence[Photo], question: str) -> list[str]:
             try:
-                answers = captioner.ask([photos[number] for number in numbers], question)
+                return captioner.ask(asked, question)
             except UnansweredError as error:
-                keep(
+                recipe = dict(zip((photo.sha256 for photo in photos), wanted.recipes, strict=True))
+                cache.keep(
+                    wanted,
                     {
-                        wanted.recipes[numbers[i]]: answer.encode()
-                        for i, answer in error.answers.items()
-                    }
+                        recipe[asked[place].sha256]: answer.encode()
+                        for place, answer in error.answers.items()
+                    },
                 )
                 raise
-            return [answer.encode() for answer in answers]
 
-        def keep(answers: dict[str, bytes]) -> None:
-            made = list(answers.values())
-            answered = replace(wanted, recipes=list(answers), on_trial=False)
-            cache.take(answered, lambda numbers: [made[i] for i in numbers], len(made))
+        def files(numbers: list[int]) -> Mapping[Path, str]:
+            shown = [photos[number] for number in numbers]
+            return model(numbers) | {Path(photo.path): photo.sha256 for photo in shown}
 
         wanted = wanted_of(photos, question)
-        rows = cache.take(wanted, make, settings.batch_size, "captioning")
+        # What an endpoint has answered of a batch that fails is kept: it may have been paid for.
+        make = captioner.ask if captioner.elsewhere else keeping
+        work = Work(make, inputs, str.encode, files, elsewhere=captioner.elsewhere)
+        rows = cache.take(wanted, work, settings.batch_size, "captioning")
         answers = [cache.read(row.oid).decode() for row in rows]
         if items is not None:
             items.extend(

@@ -10,7 +10,7 @@ which epoch is kept; test photos are never looked at.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ import click
 from dvclive import Live
 
 from bob.cache.index import Row
-from bob.cache.items import ItemCache, Wanted
+from bob.cache.items import ItemCache
 from bob.cache.lists import Item, write_items
 from bob.cache.recipe import item_key, maker_of
+from bob.cache.wanted import Wanted
+from bob.cache.work import Work
 from bob.errors import BobError
 from bob.formats import layout
 from bob.formats.files import replacing, sha256, write_json
@@ -50,7 +52,7 @@ def run(params: Params) -> None:
     settings = params.classify
     trainer, task = trainer_of(params), read_task()
     backbone = open_backbone(settings.backbone)
-    files = trainer.files  # a backbone that is unfit shows before anything is trained
+    config = trainer.config  # a backbone that is unfit shows before anything is trained
     planned = [(variant, seed) for seed in settings.seeds for variant in VARIANTS]
 
     with ItemCache("classify") as cache:
@@ -60,7 +62,7 @@ def run(params: Params) -> None:
                 [rows[one].oid for one in planned], [weights_path(folder, *one) for one in planned]
             )
             for one in planned:
-                for name, content in files.items():
+                for name, content in config.items():
                     write_json(classifier_folder(folder, *one) / name, content)
             histories = {one: read_history(weights_path(folder, *one)) for one in planned}
             curves = Curves(folder / "curves")
@@ -129,10 +131,9 @@ def take_items(
     trainer, settings = trainer or trainer_of(params), params.classify
     rows: dict[tuple[str, int], Row] = {}
     for variant in VARIANTS:
-        wanted = classifiers_wanted(
-            cache, Path(settings.backbone), trainer, variant, settings.seeds
-        )
-        rows |= _taken(cache, wanted, trainer, variant, settings.seeds)
+        folder = Path(settings.backbone)
+        wanted = classifiers_wanted(cache, folder, trainer, variant, settings.seeds)
+        rows |= _taken(cache, wanted, folder, trainer, variant, settings.seeds)
     return rows
 
 
@@ -142,17 +143,26 @@ def recipe_of(settings: Any) -> Recipe:
 
 
 def _taken(
-    cache: ItemCache, wanted: Wanted, trainer: Trainer, variant: str, seeds: Sequence[int]
+    cache: ItemCache,
+    wanted: Wanted,
+    folder: Path,
+    trainer: Trainer,
+    variant: str,
+    seeds: Sequence[int],
 ) -> dict[tuple[str, int], Row]:
     """One variant's classifiers, trained where the cache has none."""
 
-    def make(numbers: list[int]) -> list[bytes]:
-        return [
-            trainer.make(variant == REAL_AND_SYNTHETIC, seeds[n], f"{variant}, seed {seeds[n]}")
-            for n in numbers
-        ]
+    with_synthetic = variant == REAL_AND_SYNTHETIC
+    backbone = cache.reading(folder)
 
-    rows = cache.take(wanted, make, 1, "training")
+    def inputs(numbers: list[int]) -> tuple[bool, int, str]:
+        (number,) = numbers
+        return with_synthetic, seeds[number], f"{variant}, seed {seeds[number]}"
+
+    def files(numbers: list[int]) -> Mapping[Path, str]:
+        return backbone(numbers) | trainer.files(with_synthetic)
+
+    rows = cache.take(wanted, Work(trainer.make, inputs, files=files), 1, "training")
     return {(variant, seed): row for seed, row in zip(seeds, rows, strict=True)}
 
 

@@ -22,7 +22,7 @@ from bob.models.classifiers import (
     load_classifier,
     read_trained,
 )
-from bob.models.device import best_device
+from bob.models.device import computing_device
 from bob.models.preprocessing import read_inputs
 
 Predictions = dict[str, dict[int, list[str]]]
@@ -49,7 +49,7 @@ def run(params: Params) -> None:
 
 def classify_photos(trained: Trained, photos: Sequence[Photo]) -> Predictions:
     """What every classifier of `trained` says of every photo."""
-    device = best_device()
+    device = computing_device()
     models = {
         (variant, seed): load_classifier(variant, seed)
         for variant in VARIANTS

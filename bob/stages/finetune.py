@@ -1,7 +1,7 @@
 """Stage finetune: LoRA on the text-to-image model, with context preservation (paper: step 2)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from dvclive import Live
 
 from bob.cache.checkpoints import Checkpoint
 from bob.cache.index import Row
-from bob.cache.items import ItemCache, Wanted
+from bob.cache.items import ItemCache
 from bob.cache.lists import Item, write_items
 from bob.cache.recipe import item_key, maker_of
+from bob.cache.wanted import Wanted
+from bob.cache.work import Work
 from bob.errors import BobError
 from bob.formats.files import replacing
 from bob.formats.layout import BANK, FINETUNE, FINETUNE_ITEMS, LORA, TRAIN
@@ -20,8 +22,8 @@ from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, read_photos, read_task
 from bob.formats.prompts import Entry, prompt, read_bank
 from bob.models import finetuning
-from bob.models.device import best_device, dtype_name, resolve_precision
 from bob.models.lora import LORA_FILE
+from bob.models.precision import dtype_name, resolve_precision
 
 # Of the parameters, those that decide the run beside model, captions and precision.
 DECIDING = (
@@ -66,7 +68,7 @@ def run(params: Params) -> None:
     )
     print(
         f"finetune: LoRA of rank {settings.rank} {made}, {settings.epochs} epochs in "
-        f"{dtype_name(resolve_precision(settings.precision, best_device()))}"
+        f"{dtype_name(resolve_precision(settings.precision))}"
         + (f", loss of the last {losses[-1]:.4f}" if losses else "")
     )
 
@@ -76,24 +78,40 @@ def take_items(params: Params, cache: ItemCache) -> list[Row]:
     settings = params.finetune
     task, photos = read_task(), read_photos(TRAIN)
     captions = training_captions(task, photos, read_bank(BANK), settings.context)
-    device, base_model = best_device(), Path(settings.base_model)
-    dtype = resolve_precision(settings.precision, device)
+    base_model = Path(settings.base_model)
+    dtype = resolve_precision(settings.precision)
     wanted = lora_wanted(cache, photos, captions, settings, dtype)
-    checkpoint = Checkpoint(
+    checkpoint = (
         cache.folder("checkpoints"),
         item_key(recipe=wanted.recipes[0], maker=wanted.maker.id),
     )
 
-    def make(numbers: list[int]) -> list[bytes]:
-        lora, losses = finetuning.train(
-            base_model, device, dtype, photos, captions, settings, checkpoint
-        )
-        made = (lora, json.dumps(losses).encode())
-        return [made[number] for number in numbers]
+    model = cache.reading(base_model)
+    training = {
+        "base_model": base_model,
+        "dtype": dtype,
+        "photos": photos,
+        "captions": captions,
+        "settings": settings,
+    }
 
-    rows = cache.take(wanted, make, len(wanted.recipes))
-    checkpoint.remove()
+    def files(numbers: list[int]) -> Mapping[Path, str]:
+        return model(numbers) | {Path(photo.path): photo.sha256 for photo in photos}
+
+    def inputs(numbers: list[int]) -> tuple[Any, ...]:
+        return numbers, checkpoint, training
+
+    rows = cache.take(wanted, Work(_train, inputs, files=files), len(wanted.recipes))
+    Checkpoint(*checkpoint).remove()
     return rows
+
+
+def _train(
+    numbers: Sequence[int], checkpoint: tuple[Path, str], training: Mapping[str, Any]
+) -> list[bytes]:
+    """Of the LoRA and its losses those that are asked for."""
+    made = finetuning.train(**training, checkpoint=Checkpoint(*checkpoint))
+    return [made[number] for number in numbers]
 
 
 def lora_wanted(

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from bob.cache.index import Row
-from bob.cache.items import ItemCache, Wanted
+from bob.cache.items import ItemCache
 from bob.cache.lists import Item, write_items
 from bob.cache.recipe import item_key, maker_of
+from bob.cache.wanted import Wanted
+from bob.cache.work import Work
 from bob.formats.files import replacing
 from bob.formats.layout import BANK, GENERATE, GENERATED, GENERATED_ITEMS, LORA
 from bob.formats.manifest import Generated, check_files, write_manifest
@@ -56,12 +56,13 @@ def take_items(
     base_model = Path(params.finetune.base_model)
     maker = image_maker(base_model, settings)
 
-    def make(numbers: list[int]) -> list[Image.Image]:
+    def inputs(numbers: list[int]) -> tuple[list[str], list[int]]:
         batch = [planned[number] for number in numbers]
-        return maker.make([image.prompt for image in batch], [image.seed for image in batch])
+        return [image.prompt for image in batch], [image.seed for image in batch]
 
     wanted = images_wanted(cache, base_model, cache.content_hash(LORA), maker, planned)
-    return cache.take(wanted, make, settings.batch_size, "generating", sampling.png)
+    work = Work(maker.make, inputs, sampling.png, cache.reading(base_model, LORA))
+    return cache.take(wanted, work, settings.batch_size, "generating")
 
 
 def image_maker(base_model: Path, settings: Any) -> sampling.ImageMaker:

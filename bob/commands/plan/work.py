@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,10 +24,10 @@ from bob.miniature import world
 from bob.models import denoising, diffusion, finetuning, sampling
 from bob.models.backbones import open_backbone
 from bob.models.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS
-from bob.models.device import best_device, resolve_precision
 from bob.models.endpoint import is_endpoint
 from bob.models.gpus import Gpu
 from bob.models.lora import add_lora
+from bob.models.precision import resolve_precision
 from bob.models.training import VALIDATIONS, Labelled, Trainer
 from bob.stages import benchmark as measuring
 from bob.stages import classify as classifying
@@ -58,6 +59,14 @@ class Work:
     """Bytes written."""
     relief: str = ""
     """What to do where the memory does not suffice."""
+    parts: int = 1
+    """Batches of items, each of which can be made on another GPU."""
+
+    def seconds(self, gpu: Gpu, gpus: int = 1) -> float:
+        """How long the products take on so many; reading, drawing and writing are not counted."""
+        whole = sum(gpu.seconds(flops, precision) for precision, flops in self.flops.items())
+        shared = min(self.parts, gpus)  # the last round is not full
+        return whole * math.ceil(self.parts / shared) / self.parts
 
 
 @dataclass(frozen=True)
@@ -219,6 +228,7 @@ def _asking(
         # The whole network is in that precision, activations too.
         (network.weights + rows * read.peak) * DTYPES[precision].itemsize // 4,
         relief="lower caption.batch_size",
+        parts=batches,
     )
 
 
@@ -236,7 +246,7 @@ def _lora_is_cached(project: Project) -> bool:
     captions = fine_tuning.training_captions(
         photos.task, photos.train, read_bank(bank), settings.context
     )
-    dtype = resolve_precision(settings.precision, best_device())
+    dtype = resolve_precision(settings.precision)
     wanted = fine_tuning.lora_wanted(project.cache, photos.train, captions, settings, dtype)
     return len(project.cache.known(wanted)) == len(wanted.recipes)
 
@@ -316,6 +326,7 @@ def _generate(project: Project) -> Work:
         weights + max(denoise.peak, decode.peak),
         new * side**2 * _png_bytes(),
         "lower generate.batch_size",
+        batches,
     )
 
 
@@ -388,6 +399,7 @@ def _classify(project: Project) -> Work:
         held + ADAM * changing + step.peak,
         len(new) * network.weights,
         "lower classify.batch_size",
+        max(Counter(variant for variant, _ in new).values()),  # one variant after the other
     )
 
 
@@ -451,6 +463,7 @@ def _audit(project: Project) -> Work:
             network.weights + look.peak,
         ),
         relief=work.relief,
+        parts=work.parts,
     )
 
 

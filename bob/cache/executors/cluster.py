@@ -1,0 +1,371 @@
+"""The executor that makes items on the machines of a Ray cluster.
+
+The driver, a stage, keeps index and objects; workers need neither DVC nor its cache. A worker is a
+Ray actor with a GPU of its own (or a CPU, where the cluster has no GPU), which loads what it needs
+once. A worker that fails, in whatever way, is given up with its process, and its batch goes to
+another: no more is lost than the batches in flight.
+"""
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bob.cache.executors.chosen import ADDRESS
+from bob.cache.executors.files import Source
+from bob.cache.executors.worker import Greeting, Refused, Worker
+from bob.cache.recipe import Maker
+from bob.cache.work import Hardware, Keep, Made, Work
+from bob.errors import BobError
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# What finds out the hardware is given no GPU and must see those that there are.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+try:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode
+except ModuleNotFoundError:
+    raise BobError("Ray is not installed; pip install -c constraints.txt -e '.[ray]'") from None
+
+ATTEMPTS = 4  # at a batch, each by another worker
+FAILURES = 3  # in a row, after which a machine is left alone
+SECONDS_TO_REACH, SECONDS_TO_CONNECT = 10, 120
+SECONDS_TO_SAY = 20  # that there is no worker yet
+_TICK = 1.0  # seconds between looks at what the cluster has
+_STORE = 2**30  # bytes of shared memory: results on their way, of which there are few at a time
+_CARRIED = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "OMP_WAIT_POLICY")
+
+
+@dataclass(eq=False)
+class _Batch:
+    numbers: list[int]
+    failed_on: list[str] = field(default_factory=list)
+    """The machines of the workers that have failed at it."""
+
+
+@dataclass(eq=False)
+class _Hand:
+    """A worker as the driver sees it: it greets, then it makes batches."""
+
+    actor: Any
+    doing: Any
+    """What it is to return next; None if nothing."""
+    node: str = ""
+    """Ray's id of its machine, once it has greeted."""
+    name: str = ""
+    """The machine's host name."""
+    batch: _Batch | None = None
+    began: float = 0.0
+    parked: bool = False
+    """Not used, and kept so that Ray puts no other in its place."""
+
+    @property
+    def idle(self) -> bool:
+        return self.doing is None and not self.parked
+
+
+def open_cluster() -> "Cluster":
+    """Join the cluster that the environment names, or begin one of this machine.
+
+    Raises BobError where that is not possible.
+    """
+    import bob
+
+    # Whatever is asked of it, Ray prints the last lines of the log of a machine that was lost.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    address = os.environ.get(ADDRESS)
+    options: dict[str, Any] = {"address": address}
+    if not address:
+        options = {"address": "local", "include_dashboard": False, "object_store_memory": _STORE}
+    elif address.startswith("ray://"):
+        raise BobError(
+            f"{ADDRESS} is {address}, and a stage must run on a machine of the cluster; `ray start "
+            "--address HOST:PORT --num-cpus 0 --num-gpus 0` makes this one one that makes nothing, "
+            f"then {ADDRESS}=auto"
+        )
+    else:
+        _check_reachable(address)
+    try:
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={
+                "py_modules": [str(Path(bob.__file__).parent)],
+                "excludes": ["**/__pycache__"],
+                "env_vars": {name: os.environ[name] for name in _CARRIED if name in os.environ},
+            },
+            **options,
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise BobError(
+            f"no Ray cluster at {address or 'this machine'} ({_line(error)}); `ray status` shows "
+            "one that runs"
+        ) from None
+    return Cluster(is_own=not address)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise BobError where nobody listens: Ray itself goes on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), SECONDS_TO_REACH).close()
+        except OSError as error:
+            raise BobError(f"no Ray cluster at {address} ({error.strerror or error})") from None
+
+
+class Cluster:
+    """The workers of this process; `is_own`: the cluster is this machine, for this process."""
+
+    def __init__(self, *, is_own: bool) -> None:
+        self._is_own = is_own
+        self._hardware: Hardware | None = None
+        self._look: Callable[[], Hardware] | None = None
+        self._hands: list[_Hand] = []
+        self._source: Any = None
+        self._failures: Counter[str] = Counter()  # by machine, since its last success
+        self._reasons: dict[str, str] = {}  # by machine that is left alone
+        self._waits_since = time.monotonic()  # 0: no longer, or it was said
+
+    # --- what there is -------------------------------------------------------------------------
+
+    def slots(self) -> tuple[str, int]:
+        """`GPU` or `CPU`, and how many of them the cluster has: as many workers can there be."""
+        resources = ray.cluster_resources()
+        kind = "GPU" if resources.get("GPU") else "CPU"
+        return kind, int(resources.get(kind, 0))
+
+    def workers(self) -> int:
+        """See `Executor.workers`."""
+        return self.slots()[1]
+
+    def hardware(self, look: Callable[[], Hardware]) -> Hardware:
+        """See `Executor.hardware`."""
+        if self._hardware:
+            return self._hardware
+        self._look = look
+        if self._is_own:
+            self._hardware = look()
+            return self._hardware
+        kind, _ = self.slots()
+        remote: Any = ray.remote(num_cpus=0, num_gpus=0)(look)
+        looking = [
+            remote.options(scheduling_strategy=OnNode(node["NodeID"], soft=False)).remote()
+            for node in ray.nodes()
+            if node["Alive"] and node["Resources"].get(kind)
+        ]
+        if not looking:
+            raise BobError("the Ray cluster has neither GPUs nor CPUs to make items with")
+        try:
+            found = set(ray.get(looking, timeout=SECONDS_TO_CONNECT))
+        except (RayError, TimeoutError) as error:
+            raise BobError(f"the Ray cluster does not answer ({_reason(error)})") from None
+        one = found.pop()
+        bf16 = one.bf16 if all(other.bf16 == one.bf16 for other in found) else None
+        self._hardware = replace(one, bf16=bf16)
+        return self._hardware
+
+    # --- making --------------------------------------------------------------------------------
+
+    def make(
+        self, work: Work, maker: Maker, batches: Iterable[list[int]], most: int, keep: Keep
+    ) -> None:
+        """See `Executor.make`."""
+        pickled = ray.cloudpickle.dumps((work.make, work.encode))
+        todo = _Batches(batches)
+        with _Keeper(keep) as keeper:
+            while todo.left or any(hand.batch for hand in self._hands):
+                self._hire(most, maker)
+                usable = {hand.node for hand in self._hands if hand.node and not hand.parked}
+                for hand in [hand for hand in self._hands if hand.idle]:
+                    if batch := todo.next(hand.node, usable):
+                        files = work.files(batch.numbers)
+                        hand.batch, hand.began = batch, time.monotonic()
+                        hand.doing = hand.actor.make.remote(
+                            pickled, work.inputs(batch.numbers), files
+                        )
+                keeper.flush()
+                self._await(maker, todo, keeper.done)
+        self._dismiss(lambda hand: not hand.node)  # they would take the place of others' workers
+
+    def _hire(self, most: int, maker: Maker) -> None:
+        """Ask for as many workers as are of use; Ray begins each as soon as there is room."""
+        kind, slots = self.slots()
+        useful = sum(not hand.parked for hand in self._hands)
+        for _ in range(min(slots - len(self._hands), most - useful)):
+            if self._source is None:
+                here = OnNode(ray.get_runtime_context().get_node_id(), soft=False)
+                source: Any = ray.remote(num_cpus=0, max_concurrency=8)(Source)
+                self._source = source.options(scheduling_strategy=here).remote(str(Path.cwd()))
+            needs = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": 1}
+            worker: Any = ray.remote(max_restarts=0, **needs)(Worker)
+            actor = worker.options(scheduling_strategy="SPREAD").remote(
+                str(Path.cwd()), self._source, _threads(kind)
+            )
+            self._hands.append(_Hand(actor, actor.greet.remote(maker, self._look)))
+        if not self._hands:
+            raise BobError("the Ray cluster has neither GPUs nor CPUs to make items with")
+        if all(hand.parked for hand in self._hands):
+            reason = next(iter(self._reasons.values()))
+            raise BobError(f"no machine of the Ray cluster can be used; {reason}")
+
+    def _await(self, maker: Maker, todo: "_Batches", done: list[Made]) -> None:
+        """Wait for workers; batches go to `done`, or back to be made again."""
+        pending = {hand.doing: hand for hand in self._hands if hand.doing is not None}
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=_TICK)
+        if ready:
+            ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
+        elif self._waits_since and time.monotonic() > self._waits_since + SECONDS_TO_SAY:
+            self._waits_since = 0.0
+            tqdm.write("waiting for a worker of the Ray cluster", file=sys.stderr)
+        for hand in [pending[one] for one in ready]:
+            try:
+                result = ray.get(hand.doing)
+            except RayError as error:
+                self._lost(hand, error, todo)
+                continue
+            hand.doing = None
+            if hand.batch is None:
+                self._greeted(hand, result, maker)
+            elif isinstance(result, Refused):
+                raise BobError(f"{result.message} (on {hand.name})")
+            else:
+                self._failures[hand.node] = 0
+                done.append(Made(hand.batch.numbers, result, time.monotonic() - hand.began))
+                hand.batch = None
+
+    def _greeted(self, hand: _Hand, greeting: Greeting, maker: Maker) -> None:
+        hand.node, hand.name, self._waits_since = greeting.node, greeting.name, 0.0
+        hand.parked = hand.node in self._reasons
+        here, there = self._hardware, greeting.hardware
+        if greeting.error:
+            self._leave_alone(hand, greeting.error)
+        elif changes := greeting.maker.changes(maker):
+            self._leave_alone(hand, f"it differs from here: {', '.join(changes)}")
+        elif here and there and here.bf16 not in (None, there.bf16):
+            self._leave_alone(hand, "there, precision: auto is another than on the others")
+
+    def _lost(self, hand: _Hand, error: Exception, todo: "_Batches") -> None:
+        """Give a worker up with its process, whose state nobody knows."""
+        self._hands.remove(hand)
+        ray.kill(hand.actor)
+        reason = _reason(error)
+        if hand.batch and todo.failed(hand.batch, hand.node) == ATTEMPTS:
+            raise BobError(
+                f"{ATTEMPTS} workers have failed at the same batch, the last on {hand.name} "
+                f"({reason})"
+            )
+        if hand.node:
+            self._failures[hand.node] += 1
+            if self._failures[hand.node] == FAILURES:
+                self._leave_alone(hand, f"{FAILURES} workers in a row have failed ({reason})")
+
+    def _leave_alone(self, one: _Hand, reason: str) -> None:
+        if one.node not in self._reasons:
+            tqdm.write(f"warning: {one.name} is not used; {reason}", file=sys.stderr)
+        self._reasons[one.node] = f"{one.name}: {reason}"
+        for hand in self._hands:
+            hand.parked |= hand.node == one.node and hand.batch is None
+
+    def _dismiss(self, whom: Callable[[_Hand], bool]) -> None:
+        for hand in self._hands:
+            if whom(hand):
+                ray.kill(hand.actor)
+        self._hands = [hand for hand in self._hands if not whom(hand)]
+
+    def close(self) -> None:
+        """See `Executor.close`."""
+        self._dismiss(lambda hand: True)
+        if self._source is not None:
+            ray.kill(self._source)
+            self._source = None
+
+
+class _Batches:
+    """The batches that are to be made, for the first time or again."""
+
+    def __init__(self, batches: Iterable[list[int]]) -> None:
+        self._fresh, self._again = iter(batches), list[_Batch]()
+        self._first = next(self._fresh, None)
+
+    @property
+    def left(self) -> bool:
+        """Whether there is one that nobody makes."""
+        return bool(self._again or self._first)
+
+    def next(self, node: str, usable: Set[str]) -> _Batch | None:
+        """What a worker on `node` is to make: first what others have failed at.
+
+        But not where workers on the same machine have, while one on another of the `usable` could.
+        """
+        for batch in self._again:
+            if node not in batch.failed_on or usable <= set(batch.failed_on):
+                self._again.remove(batch)
+                return batch
+        if self._first is None:
+            return None
+        batch, self._first = _Batch(self._first), next(self._fresh, None)
+        return batch
+
+    def failed(self, batch: _Batch, node: str) -> int:
+        """Have a batch made again, at which a worker on `node` has failed; how many have by now."""
+        batch.failed_on.append(node)
+        self._again.append(batch)
+        return len(batch.failed_on)
+
+
+class _Keeper:
+    """Keeps what is `done` in a thread, all that came meanwhile at once; for a `with` block."""
+
+    def __init__(self, keep: Keep) -> None:
+        self.done: list[Made] = []
+        self._keep, self._thread = keep, ThreadPoolExecutor(1)
+        self._keeping: Future[None] | None = None
+
+    def __enter__(self) -> "_Keeper":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        self._thread.shutdown()
+        if self._keeping:
+            self._keeping.result()
+
+    def flush(self) -> None:
+        """Keep what is done, after what was done before: no more than two lots are in memory."""
+        if self.done:
+            if self._keeping:
+                self._keeping.result()
+            self._keeping, self.done = self._thread.submit(self._keep, self.done), []
+
+
+def _threads(kind: str) -> int:
+    """How many threads a worker computes with: a GPU's share of its machine's CPUs, or one."""
+    if kind == "CPU":
+        return 1
+    shares = [
+        node["Resources"].get("CPU", 0) // node["Resources"]["GPU"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU")
+    ]
+    return max(1, int(min(shares, default=1)))
+
+
+def _reason(error: Exception) -> str:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return f"{type(cause).__name__}: {_line(cause)}"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

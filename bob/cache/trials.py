@@ -1,0 +1,90 @@
+"""What other code has made: whether it may be reused, by trials, and why it may not.
+
+Where other code has made items of the recipes that are wanted, one full batch of them is made again
+and compared byte for byte. If all are equal, the two makers are taken to make the same in the whole
+family, now and later, and its other items are reused; if one is not, none is.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from bob.cache.index import Index, Row, Trial
+from bob.cache.recipe import Maker, parts_changed
+from bob.cache.wanted import Wanted
+
+
+class Trials:
+    """The trials that the index records, for one stage."""
+
+    def __init__(self, index: Index, stage: str) -> None:
+        self._index, self._stage = index, stage
+
+    def judged(self, wanted: Wanted) -> tuple[set[str], set[str]]:
+        """The makers that make the same in this family as the present one, and those that do not.
+
+        To make the same bytes is transitive: what is the same as a maker that is the same, is.
+        """
+        trials = self._index.trials(wanted.family_id)
+        same = {wanted.maker.id}
+        while more := {
+            maker
+            for trial in trials
+            if trial.same and len({trial.one, trial.other} & same) == 1
+            for maker in {trial.one, trial.other} - same
+        }:
+            same |= more
+        different = {
+            maker
+            for trial in trials
+            if not trial.same and {trial.one, trial.other} & same
+            for maker in {trial.one, trial.other} - same
+        }
+        return same, different
+
+    def chosen(self, wanted: Wanted, places: Iterable[int], size: int) -> list[int]:
+        """Of these positions the `size` to be tried: those that cover what can differ, first."""
+        places = sorted(places)
+        by_hash = sorted(places, key=lambda place: wanted.recipes[place])
+        first = [places[0], places[-1], *wanted.covering(places)]
+        return list(dict.fromkeys([*first, *by_hash]))[:size]
+
+    def record(
+        self, wanted: Wanted, theirs: Mapping[str, Row], ours: Mapping[str, Row]
+    ) -> list[str]:
+        """Record how the items of `ours` compare with those of the same recipes in `theirs`.
+
+        Returns the recipes of those that came out otherwise.
+        """
+        unequal = [recipe for recipe, row in ours.items() if row.oid != theirs[recipe].oid]
+        other = next(theirs[recipe].maker for recipe in ours)
+        trial = Trial(wanted.maker.id, other, len(ours) - len(unequal), len(ours))
+        self._index.record_trial(wanted.family_id, trial, list(ours))
+        return unequal
+
+    def explain(self, wanted: Wanted, makers: Iterable[str]) -> str:
+        """Why items are not there, in words: other code, or another family. Empty: not known.
+
+        `makers` are those that have made items of these recipes. Records the family.
+        """
+        others = [maker for maker in makers if maker != wanted.maker.id]
+        families = self._index.families(self._stage)
+        self._index.record_family(self._stage, wanted.family_id, wanted.family)
+        if others:
+            changed = [self.code_changes(one, wanted.maker) for one in others]
+            return f"other code: {_shortest(changed)}"
+        if wanted.family_id in families:
+            return "not asked for before with these settings"
+        alike = [
+            parts_changed(parts, wanted.family)
+            for parts in families.values()
+            if parts.get("item") == wanted.family.get("item")
+        ]
+        return _shortest(alike) if alike else ""
+
+    def code_changes(self, maker: str, present: Maker) -> list[str]:
+        """What is another in the present maker, in words."""
+        known = self._index.maker(maker)
+        return known.changes(present) if known else ["in what, is not known here"]
+
+
+def _shortest(changes: Sequence[list[str]]) -> str:
+    return ", ".join(sorted(changes, key=len)[0])
