@@ -309,7 +309,7 @@ def prune() -> None:
 @cache.command()
 @click.argument("lists", nargs=-1, type=click.Path(exists=True, path_type=Path))
 def adopt(lists: tuple[Path, ...]) -> None:
-    """Take in the items that LISTS name, after `dvc pull` or where the index was lost.
+    """Take in the items that LISTS name, where none were pushed: `bob cache pull` needs no lists.
 
     LISTS are the files results/items/<stage>.jsonl, by default those of the workspace.
     """

@@ -16,6 +16,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -197,8 +198,9 @@ class ItemCache:
     ) -> None:
         one = theirs[unequal[0]]
         how = ""
-        if wanted.differing and self._whole([one]):
-            how = f" ({wanted.differing(self.read(one.oid), self.read(ours[one.recipe].oid))})"
+        with suppress(BobError):  # where a remote is away, the line goes without
+            if wanted.differing and self._whole([one]):
+                how = f" ({wanted.differing(self.read(one.oid), self.read(ours[one.recipe].oid))})"
         changes = ", ".join(self._trials.code_changes(one.maker, wanted.maker))
         tqdm.write(
             f"{self.stage}: the code has changed ({changes}); {len(unequal)} of {len(ours)} items "
