@@ -316,6 +316,20 @@ def test_items_go_to_each_of_two_remotes(team):
     assert take()[1] == []
 
 
+def test_more_remotes_than_can_be_told_apart_are_refused(team):
+    index = TeamIndex(Path("items.sqlite"))
+    names = [f"remote-{number}" for number in range(63)]
+    assert [index.number_of(name) for name in names] == list(range(63))
+    assert index.number_of("remote-7") == 7
+    with pytest.raises(BobError, match="63 remotes"):
+        index.number_of("another")
+    row = Row(KEYS[0], CODE_NOW.id, "a" * 32, 6, "test")
+    path = write_shard(Path(), Basis({CODE_NOW.id: CODE_NOW}), [row])
+    index.merge(62, [(path.name, read_shard(path))])
+    assert index.all()[0].remotes == 1 << 62
+    assert len(index.page(62, None, 10, shared=True)) == 1 and index.page(62, None, 10) == []
+
+
 # --- what is not trusted ---------------------------------------------------------------------
 
 
