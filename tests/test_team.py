@@ -612,9 +612,11 @@ def test_a_pull_beside_gc_lists_again(team, monkeypatch):
     push()
     stale = {path.name for path in team.shards}
     collect()
-    files, listings = Remote.files, [stale]
+    files, listings = Remote.files, [stale] * 20
     monkeypatch.setattr(Remote, "files", lambda self: listings.pop() if listings else files(self))
     team.at("bob")
+    assert "lists shards that it does not have" in told("pull")
+    del listings[1:]
     assert pull() == (10, 1)
     assert not listings and take()[1] == []
 

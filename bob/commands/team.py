@@ -87,7 +87,7 @@ def gc(name: str | None) -> None:
     """
     with ItemCache() as cache:
         remote, *_ = _opened(cache, name, writing=True)
-        listed, written, gone = _again_if_packed(lambda: _pack(remote))
+        listed, written, gone = _again_if_packed(remote, lambda: _pack(remote))
         remote.remove(listed - written)
         click.echo(
             f"{remote.name}: {len(listed):,} shards packed into {len(written):,}, "
@@ -109,8 +109,6 @@ def _pack(remote: Remote) -> tuple[set[str], set[str], int]:
                 for shard in shards:
                     scratch.merge(number, [shard])
         written: set[str] = set()
-        gone = 0
-
         families_and_trials = scratch.families_and_trials(number, shared=True)
 
         def put(rows: Sequence[Row]) -> None:
@@ -122,6 +120,7 @@ def _pack(remote: Remote) -> tuple[set[str], set[str], int]:
             path.unlink()
 
         rest: list[Row] = []
+        gone = 0
         for rows in _pages(lambda after: scratch.page(number, after, ROWS, shared=True)):
             sizes = remote.sizes({row.oid for row in rows})
             there = [row for row in rows if sizes.get(row.oid) == row.size]
@@ -151,11 +150,12 @@ def _opened(
 
 def _take_in(remote: Remote, team: TeamIndex, number: int) -> tuple[int, int]:
     """Merge the remote's shards that are not known here; returns how many, and items in them."""
-    return _again_if_packed(lambda: _merge_new(remote, team, number))
+    return _again_if_packed(remote, lambda: _merge_new(remote, team, number))
 
 
 def _merge_new(remote: Remote, team: TeamIndex, number: int) -> tuple[int, int]:
-    listed, known = remote.files(), team.shards(number)
+    # In this order: a push beside this one adds to the remote first, and then to what is known.
+    known, listed = team.shards(number), remote.files()
     if known and not listed:
         raise BobError(
             f"remote `{remote.name}` had {len(known):,} shards of items and has none now; is it "
@@ -188,9 +188,9 @@ def _pages(page: Callable[[Row | None], list[Row]]) -> Iterator[list[Row]]:
         last = rows[-1]
 
 
-def _again_if_packed(work: Callable[[], T]) -> T:
+def _again_if_packed(remote: Remote, work: Callable[[], T]) -> T:
     """Do `work`, again where another packs the shards meanwhile, so that some are gone."""
-    for _ in range(_ATTEMPTS - 1):
+    for _ in range(_ATTEMPTS):
         with suppress(FileNotFoundError):
             return work()
-    return work()
+    raise BobError(f"remote `{remote.name}` lists shards that it does not have; try again")
