@@ -158,8 +158,8 @@ def _merge_new(remote: Remote, team: TeamIndex, number: int) -> tuple[int, int]:
     known, listed = team.shards(number), remote.files()
     if known and not listed:
         raise BobError(
-            f"remote `{remote.name}` had {len(known):,} shards of items and has none now; is it "
-            "the right one? `bob cache push` begins anew there"
+            f"remote `{remote.name}` had {len(known):,} shards of items and has none now (is "
+            "it the right one?); `bob cache push` begins anew there"
         )
     if known - listed:  # packed: what stands in none of the new ones is no longer there
         with _brought(remote, listed) as shards:

@@ -130,7 +130,9 @@ class Remote:
             for _ in pool.imap_unordered(fetch_one, oids):
                 bar.update()
         if gone and not self.files():  # nothing is gone from a disk that is not mounted
-            raise BobError(f"remote `{self.name}` ({self._url}) has no items; is it the right one?")
+            raise BobError(
+                f"remote `{self.name}` ({self._url}) has no items (is it the right one?)"
+            )
         return gone, damaged
 
     def _fetch(self, oid: str) -> None:
