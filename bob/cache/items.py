@@ -16,6 +16,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -39,6 +40,7 @@ from bob.errors import BobError
 
 _FOLDER = "bob"  # in DVC's cache
 _TABLE = "{:<10}{:>10}{:>16}{:>10}{:>8}{:>18}{:>8}"
+_WRITERS = 4  # threads that hash and write objects
 
 
 TRIALS = "BOB_TRIALS"
@@ -132,10 +134,12 @@ class ItemCache:
 
     def keep(self, wanted: Wanted, items: Mapping[str, bytes]) -> dict[str, Row]:
         """Recipe -> row of items that were made; they are taken in as the present maker's."""
-        rows = [
-            Row(recipe, wanted.maker.id, self._put(item), len(item), self.stage)
-            for recipe, item in items.items()
-        ]
+        with ThreadPoolExecutor(_WRITERS) as writers:
+            oids = writers.map(self._put, items.values())
+            rows = [
+                Row(recipe, wanted.maker.id, oid, len(item), self.stage)
+                for (recipe, item), oid in zip(items.items(), oids, strict=True)
+            ]
         self.index.add(rows)
         self.made += len(rows)
         return {row.recipe: row for row in rows}
