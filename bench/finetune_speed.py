@@ -37,8 +37,9 @@ from tqdm import tqdm
 
 from bench.speed import build_sd15, reached, report, side, take_turns, write_photos
 from bob.models import denoising, diffusion
-from bob.models.device import computing_device, resolve_precision
+from bob.models.device import computing_device
 from bob.models.lora import TEXT_LORA_TARGETS, UNET_LORA_TARGETS, add_lora
+from bob.models.precision import resolve_precision
 
 BOUND = 1.5
 EPOCHS = 60  # of params.yaml; the paper's are 400

@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.speed import build_sd15, reached, report, side, take_turns
 from bob.models import diffusion
-from bob.models.device import computing_device, dtype_name, resolve_precision
+from bob.models.device import computing_device
 from bob.models.lora import add_lora, save_lora
+from bob.models.precision import dtype_name, resolve_precision
 from bob.models.sampling import SAMPLERS, ImageMaker, png
 
 EQUAL, BATCHED = 2.0, 1.0

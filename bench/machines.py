@@ -93,10 +93,9 @@ class Node(Machine):
 
     def fill(self) -> None:
         """Leave no byte on its disk."""
-        with (self.disk / "filler").open("wb", buffering=0) as file:
-            with suppress(OSError):
-                while True:
-                    file.write(bytes(4096))
+        with (self.disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
 
     def empty(self) -> None:
         """Give the room on its disk back."""
@@ -159,7 +158,8 @@ class Cluster:
             "s._initialize_global_state(O.create(sys.argv[1], None, allow_cluster_id_nil=True,"
             " fetch_cluster_id_if_nil=False));"
             "r = s.cluster_resources(), s.available_resources();"
-            "print(sum(one['Alive'] for one in s.node_table()), *(int(one.get('CPU', 0)) for one in r))"
+            "print(sum(one['Alive'] for one in s.node_table()),"
+            " *(int(one.get('CPU', 0)) for one in r))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, self.address],

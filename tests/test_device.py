@@ -7,7 +7,8 @@ import torch
 
 from bob.cache.work import Hardware
 from bob.errors import BobError
-from bob.models.device import autocast, dtype_name, hardware_here, resolve_precision
+from bob.models.device import autocast
+from bob.models.precision import dtype_name, hardware_here, resolve_precision
 
 CPU = torch.device("cpu")
 HERE = hardware_here()

@@ -20,6 +20,7 @@ from typing import Any
 import click
 import pytest
 from dvc.cli import DvcParserError, parse_args
+from ray.scripts.scripts import cli as ray_cli
 from ruamel.yaml import YAML
 
 from bob.cli import STAGES, cli
@@ -86,6 +87,11 @@ def told(command: Command, home: Path) -> str | None:
     try:
         if head == "bob":
             return told_by_click(cli, "bob", rest, command.whole, home)
+        if head == "pip":
+            pinned = rest[:3] == ["install", "-c", "constraints.txt"]
+            return None if pinned else "pip is to install what constraints.txt pins"
+        if head == "ray":
+            return told_by_click(ray_cli, "ray", rest, command.whole, home)
         if head == "dvc":
             return told_by_dvc(rest, command.whole)
         if head == "make":

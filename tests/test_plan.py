@@ -89,6 +89,20 @@ def test_in_a_fresh_clone_everything_is_to_be_done(tmp_path, monkeypatch):
     assert "models/miniature-base holds no weights" in output
     assert "generate does not fit into tiny" in output and "lower generate.batch_size" in output
 
+    # 4 images in batches of 2: two GPUs make them in half the time, more in no less; finetune has
+    # one. What is held and does not compute is paid for as well.
+    assert [work["generate"].seconds(GPU, count) for count in (2, 3)] == [
+        work["generate"].seconds(GPU) / 2
+    ] * 2
+    assert work["finetune"].seconds(GPU, 8) == work["finetune"].seconds(GPU)
+    code, output = command("--gpu", "tiny", "--gpus", "2", "--price", "3600")
+    found = re.search(
+        r"cost: (\S+) GPU-hours at 3600 are (\S+); the GPUs compute for (\S+)", output
+    )
+    assert code == 0 and "2 x tiny" in output and found
+    held, cost, busy = (float(number.replace(",", "")) for number in found.groups())
+    assert cost == pytest.approx(3600 * held, rel=0.05) and held / 2 < busy < held
+
 
 def test_an_endpoint_is_asked_and_a_long_tail_is_filled_up(tmp_path, monkeypatch):
     folder = make_project(tmp_path / "fresh")

@@ -59,6 +59,8 @@ class Hardware:
     """cuda or cpu."""
     bf16: bool | None
     """Whether it multiplies in bf16; None where some of the machines do."""
+    name: str = ""
+    """What torch calls the GPU."""
 
 
 class Executor(Protocol):
@@ -77,6 +79,9 @@ class Executor(Protocol):
 
         Raises BobError where nobody is there.
         """
+
+    def workers(self) -> int:
+        """How many batches can be made at the same time."""
 
     def close(self) -> None:
         """Let go of whoever was making items."""

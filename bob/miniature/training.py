@@ -18,7 +18,8 @@ from tqdm import tqdm
 from bob.formats.files import replacing_file
 from bob.miniature.recipes import SEED, Recipe
 from bob.miniature.world import CONTEXTS, TASK, corpus_variants
-from bob.models.device import autocast, hardware_here, resolve_precision
+from bob.models.device import autocast
+from bob.models.precision import hardware_here, resolve_precision
 
 CHECKPOINT_SECONDS = 60
 # Any: of what class a network is, the loss knows and `fit` need not.

@@ -56,15 +56,16 @@ DEFAULT = "h100"
 
 
 def choose(name: str | None) -> Gpu:
-    """The GPU called `name`; without a name this machine's, or else DEFAULT.
+    """The GPU called `name`; without a name that which makes the items, or else DEFAULT.
 
     Raises BobError for a name that is not in the table.
     """
     if name is None:
-        import torch  # late: a plan with nothing to do needs no GPU
+        from bob.models.precision import (
+            hardware,
+        )  # late: torch; a plan with nothing to do needs none
 
-        here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        return recognise(here) or GPUS[DEFAULT]
+        return recognise(hardware().name) or GPUS[DEFAULT]
     if name.lower() in GPUS:
         return GPUS[name.lower()]
     near = difflib.get_close_matches(name.lower(), GPUS, n=1)

@@ -19,10 +19,11 @@ from diffusers import (
 from PIL import Image
 
 from bob.models import diffusion
-from bob.models.device import autocast, computing_device, dtype_name, resolve_precision
+from bob.models.device import autocast, computing_device
+from bob.models.precision import dtype_name, resolve_precision
 
 # Named in an image's key in the item cache: the modules that make it, and what they stand on.
-MADE_BY = ("models.device", "models.diffusion", "models.sampling")
+MADE_BY = ("models.device", "models.diffusion", "models.precision", "models.sampling")
 LIBRARIES = ("diffusers", "peft", "torch", "transformers")
 
 # Decoded at once: 64 images of 64 px, or one of 512 px, which fills a GPU with work already, where

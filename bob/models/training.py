@@ -24,13 +24,8 @@ from bob.errors import BobError
 from bob.formats.photos import Task, open_image
 from bob.models.backbones import Backbone, predict
 from bob.models.classifiers import weights_file
-from bob.models.device import (
-    autocast,
-    computing_device,
-    dtype_name,
-    hardware,
-    resolve_precision,
-)
+from bob.models.device import autocast, computing_device
+from bob.models.precision import dtype_name, hardware, resolve_precision
 from bob.models.preprocessing import Preprocessing, normalise, read_pixels
 
 # Named in a classifier's key in the item cache: the modules that train it, and what they stand on;
@@ -40,6 +35,7 @@ MADE_BY = (
     "models.classifiers",
     "models.device",
     "models.loading",
+    "models.precision",
     "models.preprocessing",
     "models.training",
     "formats.photos",

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from bob.errors import BobError
-from bob.models.device import computing_device, dtype_name, resolve_precision
+from bob.models.device import computing_device
+from bob.models.precision import dtype_name, resolve_precision
 
 # Named in an answer's key in the item cache: the modules that make it, and what they stand on.
-MADE_BY = ("models.device", "models.vlm")
+MADE_BY = ("models.device", "models.precision", "models.vlm")
 LIBRARIES = ("torch", "torchvision", "transformers")
 
 

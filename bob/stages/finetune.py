@@ -22,8 +22,8 @@ from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, read_photos, read_task
 from bob.formats.prompts import Entry, prompt, read_bank
 from bob.models import finetuning
-from bob.models.device import dtype_name, resolve_precision
 from bob.models.lora import LORA_FILE
+from bob.models.precision import dtype_name, resolve_precision
 
 # Of the parameters, those that decide the run beside model, captions and precision.
 DECIDING = (

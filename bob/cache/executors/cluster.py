@@ -8,12 +8,13 @@ another: no more is lost than the batches in flight.
 
 import logging
 import os
+import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ except ModuleNotFoundError:
 
 ATTEMPTS = 4  # at a batch, each by another worker
 FAILURES = 3  # in a row, after which a machine is left alone
-SECONDS_TO_CONNECT = 120
+SECONDS_TO_REACH, SECONDS_TO_CONNECT = 10, 120
 SECONDS_TO_SAY = 20  # that there is no worker yet
 _TICK = 1.0  # seconds between looks at what the cluster has
 _STORE = 2**30  # bytes of shared memory: results on their way, of which there are few at a time
@@ -93,6 +94,8 @@ def open_cluster() -> "Cluster":
             "--address HOST:PORT --num-cpus 0 --num-gpus 0` makes this one one that makes nothing, "
             f"then {ADDRESS}=auto"
         )
+    else:
+        _check_reachable(address)
     try:
         ray.init(
             log_to_driver=False,
@@ -110,6 +113,16 @@ def open_cluster() -> "Cluster":
             "one that runs"
         ) from None
     return Cluster(is_own=not address)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise BobError where nobody listens: Ray itself goes on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), SECONDS_TO_REACH).close()
+        except OSError as error:
+            raise BobError(f"no Ray cluster at {address} ({error.strerror or error})") from None
 
 
 class Cluster:
@@ -133,6 +146,10 @@ class Cluster:
         kind = "GPU" if resources.get("GPU") else "CPU"
         return kind, int(resources.get(kind, 0))
 
+    def workers(self) -> int:
+        """See `Executor.workers`."""
+        return self.slots()[1]
+
     def hardware(self, look: Callable[[], Hardware]) -> Hardware:
         """See `Executor.hardware`."""
         if self._hardware:
@@ -154,8 +171,9 @@ class Cluster:
             found = set(ray.get(looking, timeout=SECONDS_TO_CONNECT))
         except (RayError, TimeoutError) as error:
             raise BobError(f"the Ray cluster does not answer ({_reason(error)})") from None
-        device = "cuda" if kind == "GPU" else "cpu"
-        self._hardware = Hardware(device, _common({one.bf16 for one in found}))
+        one = found.pop()
+        bf16 = one.bf16 if all(other.bf16 == one.bf16 for other in found) else None
+        self._hardware = replace(one, bf16=bf16)
         return self._hardware
 
     # --- making --------------------------------------------------------------------------------
@@ -342,10 +360,6 @@ def _threads(kind: str) -> int:
         if node["Alive"] and node["Resources"].get("GPU")
     ]
     return max(1, int(min(shares, default=1)))
-
-
-def _common(values: set[bool | None]) -> bool | None:
-    return values.pop() if len(values) == 1 else None
 
 
 def _reason(error: Exception) -> str:

@@ -68,7 +68,7 @@ class Brought:
 
         Raises BobError where one is no longer what it was, or lies outside the project.
         """
-        new = dict(files.items() - self._placed.items())
+        new = {path: one for path, one in files.items() if self._placed.get(path) != one}
         missing = {path: one for path, one in new.items() if not self._is_here(path, one)}
         if missing:
             with _locked(self._kept / "lock"):

@@ -32,6 +32,10 @@ class Local:
         """See `Executor.hardware`."""
         return look()
 
+    def workers(self) -> int:
+        """See `Executor.workers`."""
+        return 1
+
     def close(self) -> None:
         """Nothing to let go of."""
 

@@ -1,5 +1,6 @@
 """A worker of a cluster, which is handed work and makes batches: what runs in Ray's processes."""
 
+import glob
 import os
 import pickle
 import platform
@@ -99,11 +100,12 @@ class Worker:
 
 def _own_folder() -> Path:
     """An empty folder for this process; those of processes that are gone are removed."""
-    parent = node.folder("workers")
-    for left in parent.iterdir():
-        if not psutil.pid_exists(int(left.name)):
+    # With the machine's name: machines may share the user's home.
+    parent, host = node.folder("workers"), platform.node()
+    for left in parent.glob(f"{glob.escape(host)}-*"):
+        if not psutil.pid_exists(int(left.name.removeprefix(f"{host}-"))):
             shutil.rmtree(left, ignore_errors=True)
-    own = parent / str(os.getpid())
+    own = parent / f"{host}-{os.getpid()}"
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir()
     return own

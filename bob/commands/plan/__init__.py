@@ -7,6 +7,7 @@ from the item cache, and the costs from the networks' config files (`bob.command
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,19 @@ NUMBERS = range(4, 8)  # of the columns
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
-def plan(gpu_name: str | None = None) -> None:
-    """Print the plan for the parameters as they are.
+@dataclass(frozen=True)
+class Machine:
+    """What the stages would run on."""
+
+    gpu: gpus.Gpu
+    count: int = 1
+    """GPUs, over which the items are spread."""
+    price: float | None = None
+    """Of a GPU for an hour."""
+
+
+def plan(gpu_name: str | None = None, count: int | None = None, price: float | None = None) -> None:
+    """Print the plan for the parameters as they are, on `count` GPUs at a `price` an hour.
 
     Raises BobError where something that it is made of is missing.
     """
@@ -46,15 +58,16 @@ def plan(gpu_name: str | None = None) -> None:
         states, because = forecast.states, reasons(pipeline, forecast)
         work: dict[str, Work] = {}
         lines = ["nothing to do: `dvc repro` will compute nothing"]
-        gpu = gpus.choose(gpu_name) if gpu_name else gpus.GPUS[gpus.DEFAULT]
+        machine = Machine(gpus.choose(gpu_name) if gpu_name else gpus.GPUS[gpus.DEFAULT])
         if _running(forecast):
+            from bob.cache.executors.chosen import executor
             from bob.commands.plan.notes import notes
 
-            gpu = gpus.choose(gpu_name)
-            with project_of(of, forecast, gpu) as project:
+            machine = Machine(gpus.choose(gpu_name), count or executor().workers(), price)
+            with project_of(of, forecast, machine.gpu) as project:
                 work = to_do(project)
-            lines = notes(of, states, work, gpu)
-    for line in (*table(states, work, because, gpu), "", *lines):
+            lines = notes(of, states, work, machine)
+    for line in (*table(states, work, because, machine), "", *lines):
         click.echo(line)
 
 
@@ -116,19 +129,19 @@ def table(
     states: Mapping[str, str],
     work: Mapping[str, "Work"],
     because: Mapping[str, str],
-    gpu: gpus.Gpu,
+    machine: Machine,
 ) -> list[str]:
     """The lines of the table: a stage each, and the total."""
     rows = [HEADER]
     for stage, state in states.items():
         one = work.get(stage)
-        cells = _cells(one, gpu) if one else "-" * 6
+        cells = _cells(one, machine) if one else "-" * 6
         rows.append((stage, state, *cells, because[stage] or "-"))
     total = (
         metric(sum(sum(one.flops.values()) for one in work.values())),
         metric(max((one.memory for one in work.values()), default=0), "B"),
         metric(sum(one.disk for one in work.values()), "B"),
-        duration(sum(seconds(one, gpu) for one in work.values())),
+        duration(sum(one.seconds(machine.gpu, machine.count) for one in work.values())),
     )
     rows.append(("total", "", "", "", *total, ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -141,20 +154,15 @@ def table(
     ]
 
 
-def _cells(work: "Work", gpu: gpus.Gpu) -> tuple[str, ...]:
+def _cells(work: "Work", machine: Machine) -> tuple[str, ...]:
     return (
         work.what,
         work.items or "-",
         metric(sum(work.flops.values())),
         metric(work.memory, "B"),
         metric(work.disk, "B"),
-        duration(seconds(work, gpu)),
+        duration(work.seconds(machine.gpu, machine.count)),
     )
-
-
-def seconds(work: "Work", gpu: gpus.Gpu) -> float:
-    """How long the products take; reading, drawing and writing are not counted."""
-    return sum(gpu.seconds(flops, precision) for precision, flops in work.flops.items())
 
 
 def metric(value: float, unit: str = "") -> str:

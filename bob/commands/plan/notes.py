@@ -2,28 +2,34 @@
 
 from collections.abc import Mapping
 
-from bob.commands.plan import MODELS, metric, model_folder
+from bob.commands.plan import MODELS, Machine, metric, model_folder
 from bob.commands.plan.networks import ANSWER_TOKENS
 from bob.commands.plan.work import Work
 from bob.dvc.forecast import MAY_RUN, RESTORED
 from bob.formats.params import Params
 from bob.models import gpus
 from bob.models.captioner import MAX_NEW_TOKENS
-from bob.models.device import dtype_name, resolve_precision
 from bob.models.endpoint import is_endpoint
+from bob.models.precision import dtype_name, resolve_precision
 
 USABLE = 0.9  # of a GPU's memory; the rest is CUDA's own, and gaps that its allocator leaves
 
 
 def notes(
-    of: Params, states: Mapping[str, str], work: Mapping[str, Work], gpu: gpus.Gpu
+    of: Params, states: Mapping[str, str], work: Mapping[str, Work], machine: Machine
 ) -> list[str]:
     """Lines to print below the table."""
+    gpu, many = machine.gpu, f"{machine.count} x " if machine.count > 1 else ""
     lines = [
-        f"time, memory: {gpu.name}, {gpu.half:g} TFLOP/s in {'bf16' if gpu.bf16 else 'fp16'} and "
-        f"{gpu.single:g} in fp32, of which {gpus.UTILISATION:.0%} is taken to be reached, "
+        f"time, memory: {many}{gpu.name}, {gpu.half:g} TFLOP/s in "
+        f"{'bf16' if gpu.bf16 else 'fp16'} and {gpu.single:g} in fp32, of which "
+        f"{gpus.UTILISATION:.0%} is taken to be reached, "
         f"{metric(gpu.memory, 'B')}; only products are timed"
     ]
+    if machine.count > 1:
+        lines.append("answers, images and classifiers are spread over the GPUs; finetune takes one")
+    if machine.price is not None:
+        lines.append(_cost(work, machine, machine.price))
     if RESTORED in states.values():
         lines.append("restored: DVC's run cache has the outputs, nothing is computed")
     if MAY_RUN in states.values():
@@ -55,3 +61,13 @@ def notes(
         if one.memory > USABLE * gpu.memory
     ]
     return lines
+
+
+def _cost(work: Mapping[str, Work], machine: Machine, price: float) -> str:
+    hours = sum(one.seconds(machine.gpu, machine.count) for one in work.values()) / 3600
+    busy = sum(one.seconds(machine.gpu) for one in work.values()) / 3600
+    held = machine.count * hours
+    return (
+        f"cost: {held:.3g} GPU-hours at {price:g} are {held * price:,.2f}; the GPUs compute for "
+        f"{busy:.3g} of them"
+    )

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,10 +24,10 @@ from bob.miniature import world
 from bob.models import denoising, diffusion, finetuning, sampling
 from bob.models.backbones import open_backbone
 from bob.models.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS
-from bob.models.device import resolve_precision
 from bob.models.endpoint import is_endpoint
 from bob.models.gpus import Gpu
 from bob.models.lora import add_lora
+from bob.models.precision import resolve_precision
 from bob.models.training import VALIDATIONS, Labelled, Trainer
 from bob.stages import benchmark as measuring
 from bob.stages import classify as classifying
@@ -58,6 +59,14 @@ class Work:
     """Bytes written."""
     relief: str = ""
     """What to do where the memory does not suffice."""
+    parts: int = 1
+    """Batches of items, each of which can be made on another GPU."""
+
+    def seconds(self, gpu: Gpu, gpus: int = 1) -> float:
+        """How long the products take on so many; reading, drawing and writing are not counted."""
+        whole = sum(gpu.seconds(flops, precision) for precision, flops in self.flops.items())
+        shared = min(self.parts, gpus)  # the last round is not full
+        return whole * math.ceil(self.parts / shared) / self.parts
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,13 @@ def _asking(
         asked += len(keys)
         new += len(missing)
         batches += math.ceil(len(missing) / settings.batch_size)
-        return [project.cache.read(oids[key]).decode() if key in oids else "-" for key in keys]
+        return [
+            # One that a remote has is not fetched to plan: it is taken to be usable.
+            project.cache.read(oids[key]).decode()
+            if key in oids and project.cache.exists(oids[key])
+            else "-"
+            for key in keys
+        ]
 
     for attribute in ATTRIBUTES:
         accepted_answers(ask, photos, attribute, task)
@@ -213,6 +228,7 @@ def _asking(
         # The whole network is in that precision, activations too.
         (network.weights + rows * read.peak) * DTYPES[precision].itemsize // 4,
         relief="lower caption.batch_size",
+        parts=batches,
     )
 
 
@@ -310,6 +326,7 @@ def _generate(project: Project) -> Work:
         weights + max(denoise.peak, decode.peak),
         new * side**2 * _png_bytes(),
         "lower generate.batch_size",
+        batches,
     )
 
 
@@ -382,6 +399,7 @@ def _classify(project: Project) -> Work:
         held + ADAM * changing + step.peak,
         len(new) * network.weights,
         "lower classify.batch_size",
+        max(Counter(variant for variant, _ in new).values()),  # one variant after the other
     )
 
 
@@ -445,6 +463,7 @@ def _audit(project: Project) -> Work:
             network.weights + look.peak,
         ),
         relief=work.relief,
+        parts=work.parts,
     )
 
 

@@ -1,0 +1,52 @@
+"""In which precision items are computed: that of the hardware that makes them."""
+
+from functools import cache
+
+import torch
+
+from bob.cache.executors.chosen import executor
+from bob.cache.work import Hardware
+from bob.errors import BobError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def hardware_here() -> Hardware:
+    """What this machine computes with."""
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware("cuda", bf16, torch.cuda.get_device_name())
+    # Underscored, but the one place torch tells it: get_cpu_capability() stops at AVX512.
+    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Hardware("cpu", bf16)
+
+
+@cache
+def hardware() -> Hardware:
+    """What items are made on, here or elsewhere."""
+    return executor().hardware(hardware_here)
+
+
+def resolve_precision(precision: str, on: Hardware | None = None) -> torch.dtype:
+    """The dtype of matrix products for a `precision` parameter, by default where items are made.
+
+    `auto` is bf16 where the hardware multiplies in it and fp32 elsewhere: emulated bf16 is four
+    times slower than fp32 on a CPU without the instructions.
+
+    Raises BobError for a precision that the hardware does not compute in.
+    """
+    on = on or hardware()
+    if precision == "auto":
+        if on.bf16 is None:
+            raise BobError(
+                "precision: auto is bf16 on some machines of the cluster and fp32 on others; set it"
+            )
+        return torch.bfloat16 if on.bf16 else torch.float32
+    if precision == "fp16" and on.device == "cpu":
+        raise BobError("precision: fp16 needs a GPU; use auto, bf16 or fp32 on the CPU")
+    return _DTYPES[precision]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name a `precision` parameter has for `dtype`: bf16, fp16 or fp32."""
+    return next(name for name, known in _DTYPES.items() if known == dtype)
