@@ -19,7 +19,7 @@ from typing import Any
 import click
 import psutil
 
-from bench.clusters import Meeting, cluster, drive, repository
+from bench.clusters import Instant, Meeting, Sleeping, cluster, drive, repository
 from bob.cache.index import Row
 from bob.cache.items import ItemCache
 from bob.cache.recipe import Maker, item_key

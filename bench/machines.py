@@ -99,7 +99,7 @@ class Node(Machine):
 
     def empty(self) -> None:
         """Give the room on its disk back."""
-        (self.disk / "filler").unlink()
+        (self.disk / "filler").unlink(missing_ok=True)
 
 
 class Cluster:
@@ -134,19 +134,32 @@ class Cluster:
         self.nodes.append(node)
         return node
 
-    def wait_for(self, cpus: int) -> bool:
-        """Wait until there are so many CPUs and all are free; False where that took too long."""
-        return any(self._resources() == (cpus, cpus) for _ in _until(SECONDS_TO_JOIN))
+    def resize(self, nodes: int) -> bool:
+        """Have so many nodes that work, and wait for them; see `wait_for`."""
+        for node in [node for node in self.nodes if not node.named("raylet")]:
+            node.pull_the_plug()
+            self.nodes.remove(node)
+        while len(self.nodes) > nodes:
+            self.nodes.pop().pull_the_plug()
+        while len(self.nodes) < nodes:
+            self.join()
+        return self.wait_for(nodes)
 
-    def _resources(self) -> tuple[int, int]:
-        """CPUs of the cluster, and how many of them are free; -1 where nobody answers."""
+    def wait_for(self, nodes: int) -> bool:
+        """Wait until there are so many nodes and all is free; False where that took too long."""
+        wanted = (nodes + 1, nodes * self._cpus, nodes * self._cpus)
+        return any(self._resources() == wanted for _ in _until(SECONDS_TO_JOIN))
+
+    def _resources(self) -> tuple[int, ...]:
+        """How many machines there are, how many CPUs, and how many of these are free."""
         code = (
             "import sys; from ray._private.state import GlobalState as S;"
             "from ray._raylet import GcsClientOptions as O; s = S();"
             "s._initialize_global_state(O.create(sys.argv[1], None, allow_cluster_id_nil=True,"
             " fetch_cluster_id_if_nil=False));"
             "r = s.cluster_resources(), s.available_resources();"
-            "print(*(int(one.get('CPU', 0)) for one in r))"
+            "print(sum(one['Alive'] for one in s.node_table()),"
+            " *(int(one.get('CPU', 0)) for one in r))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, self.address],
@@ -155,10 +168,7 @@ class Cluster:
             text=True,
             timeout=60,
         )
-        if done.returncode:
-            return -1, -1
-        total, free = map(int, done.stdout.split())
-        return total, free
+        return tuple(map(int, done.stdout.split()))
 
     def workers(self) -> list[psutil.Process]:
         """bob's processes on all machines, the one that hands out the project's files too."""

@@ -39,8 +39,8 @@ from bob.dvc.store import ObjectStore
 from bob.errors import BobError
 
 _FOLDER = "bob"  # in DVC's cache
-_TABLE = "{:<10}{:>10}{:>16}{:>10}{:>8}{:>18}{:>8}"
 _WRITERS = 4  # threads that hash and write objects
+_TABLE = "{:<10}{:>10}{:>16}{:>10}{:>8}{:>18}{:>8}"
 
 
 TRIALS = "BOB_TRIALS"
