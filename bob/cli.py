@@ -281,6 +281,53 @@ def check(stages: tuple[str, ...], share: float) -> None:
         raise SystemExit(1)
 
 
+_remote = click.option(
+    "-r", "--remote", metavar="NAME", help="A remote of DVC's.  [default: DVC's default remote]"
+)
+
+
+@cache.command()
+@_remote
+def push(remote: str | None) -> None:
+    """Bring the items that were made here to a remote of DVC's, for a team.
+
+    Brings only what is not there yet, also by `dvc push`. Goes on where it was killed.
+    """
+    from bob.commands.team import push as push_items
+
+    push_items(remote)
+
+
+@cache.command()
+@_remote
+@click.option("--read-only", is_flag=True, help="Nothing is pushed from here until the next pull.")
+def pull(remote: str | None, read_only: bool) -> None:
+    """Learn which items a remote of DVC's has; they are fetched when a stage takes them."""
+    from bob.commands.team import pull as pull_items
+
+    pull_items(remote, read_only=read_only)
+
+
+@cache.command()
+@click.option(
+    "-r",
+    "--remote",
+    metavar="[NAME]",
+    is_flag=False,
+    flag_value="",
+    required=True,
+    help="Of this remote of DVC's, or of its default one.",
+)
+def gc(remote: str) -> None:
+    """Pack the index of a remote, and forget the items whose object is gone there.
+
+    Objects go with `dvc gc --cloud`, the items of this repository with `bob cache prune`.
+    """
+    from bob.commands.team import gc as collect
+
+    collect(remote or None)
+
+
 @cache.command()
 def prune() -> None:
     """Forget the items whose object is gone, after `dvc gc`."""
@@ -293,7 +340,7 @@ def prune() -> None:
 @cache.command()
 @click.argument("lists", nargs=-1, type=click.Path(exists=True, path_type=Path))
 def adopt(lists: tuple[Path, ...]) -> None:
-    """Take in the items that LISTS name, after `dvc pull` or where the index was lost.
+    """Take in the items that LISTS name, where none were pushed: `bob cache pull` needs no lists.
 
     LISTS are the files results/items/<stage>.jsonl, by default those of the workspace.
     """

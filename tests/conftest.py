@@ -16,6 +16,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _warm_python():
+    """Projects in tests run a Python that has the libraries imported; from the first that does."""
+    from tests import dvc_project, warm_python
+
+    dvc_project.python_folder = warm_python.folder
+
+
+@pytest.fixture
+def real_python(monkeypatch):
+    """Projects run the real Python, for tests of what becomes of processes."""
+    from tests import dvc_project
+
+    monkeypatch.setattr(dvc_project, "python_folder", dvc_project.real_python)
+
+
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     """An empty folder as the current directory."""

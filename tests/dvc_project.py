@@ -1,4 +1,7 @@
-"""A copy of this project, run by DVC at tiny settings."""
+"""A copy of this project, run by DVC at tiny settings.
+
+In tests, its `python` is a warm one (see warm_python.py), but for those that ask for `real_python`.
+"""
 
 import os
 import re
@@ -40,10 +43,18 @@ def made_log(project):
     return project.with_name(f"{project.name}.made")
 
 
+def real_python():
+    """The folder of the `python` that DVC and its stages are run with."""
+    return Path(sys.executable).parent
+
+
+python_folder = real_python  # conftest.py sets another
+
+
 def environment(project):
     return os.environ | {
         LOG: str(made_log(project).absolute()),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([str(python_folder()), str(real_python()), os.environ["PATH"]]),
         "DVC_NO_ANALYTICS": "1",
         "GIT_AUTHOR_NAME": "t",
         "GIT_AUTHOR_EMAIL": "t@example.org",
@@ -66,7 +77,7 @@ def run(project, *command):
 
 
 def dvc(project, *arguments):
-    return run(project, sys.executable, "-m", "dvc", *arguments)
+    return run(project, "python", "-m", "dvc", *arguments)
 
 
 def ran(output):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from bob.dvc import experiments
+from bob.dvc import experiments, remote
 from bob.dvc.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE, Forecast
 from bob.dvc.locks import release_dead
 from bob.dvc.pipeline import CHANGED, MISSING, NEW, UNCACHED, Pipeline
@@ -126,6 +126,83 @@ def test_outside_a_repository_one_line_says_so(tmp_path, monkeypatch):
     with pytest.raises(BobError, match=r"a DVC repository around .* is needed") as caught:
         open_repository()
     assert "\n" not in str(caught.value)
+
+
+# --- remotes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(repository):
+    with Repo() as repo, repo.config.edit() as config:
+        config["remote"]["storage"] = {"url": str(repository / "storage")}
+        config["core"]["remote"] = "storage"
+    with ObjectStore() as store:
+        yield store
+
+
+@pytest.mark.parametrize("asked_one_by_one", [1000, 1])
+def test_objects_go_to_a_remote_where_dvc_looks_for_them_and_come_back(
+    store, monkeypatch, asked_one_by_one
+):
+    monkeypatch.setattr(remote, "_ASKED_ONE_BY_ONE", asked_one_by_one)
+    contents = {md5(content): content for content in (b"one", b"three", b"seven")}
+    sizes = {oid: len(content) for oid, content in contents.items()}
+    for oid, content in contents.items():
+        store.add(oid, content)
+    storage = remote.Remote(store)
+    assert storage.name == "storage"
+    assert storage.sizes(contents) == {}
+    assert storage.bring(sizes) == 3
+    assert storage.bring(sizes) == 0
+    assert storage.sizes([*contents, "0" * 32]) == sizes
+    with Repo() as repo:
+        there = repo.cloud.get_remote_odb("storage")
+        assert {oid for oid in contents if there.exists(oid)} == set(contents)
+    first, second, third = contents
+    path = Path("storage/files/md5") / first[:2] / first[2:]
+    path.chmod(0o644)
+    path.write_bytes(b"other")
+    assert storage.bring(sizes) == 1  # of another size
+    Path("storage/files/md5", second[:2], second[2:]).unlink()
+    path = Path("storage/files/md5") / third[:2] / third[2:]
+    path.chmod(0o644)
+    path.write_bytes(b"sevne")
+    for oid in contents:
+        store.path(oid).unlink()
+    storage.put(write_file(Path("a")))
+    assert storage.fetch(list(contents)) == ({second}, {third})
+    assert [store.exists(oid) for oid in contents] == [True, False, False]
+    store.add(third, b"seven")
+    assert storage.bring({third: 5}) == 0 and storage.bring({third: 5}, again={third}) == 1
+    assert path.read_bytes() == b"seven"
+
+
+def write_file(folder):
+    """A file of bob's, as it lies at a remote: named by its hash."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{hashlib.sha256(b'content').hexdigest()}.jsonl.gz").write_bytes(b"content")
+    return next(folder.iterdir())
+
+
+def test_files_of_bob_lie_beside_dvcs_objects(store):
+    storage = remote.Remote(store, "storage")
+    assert storage.files() == set()
+    path = write_file(Path("a"))
+    storage.put(path)
+    storage.put(path)
+    assert storage.files() == {path.name}
+    assert [file.name for file in Path("storage/bob/index").iterdir()] == [path.name]
+    Path("b").mkdir()
+    assert storage.get([path.name], Path("b")) == set()
+    assert Path("b", path.name).read_bytes() == b"content"
+    with pytest.raises(FileNotFoundError):
+        storage.get(["0" * 64 + ".jsonl.gz"], Path("b"))
+    Path("storage/bob/index", path.name).write_bytes(b"other")
+    assert storage.get([path.name], Path("b")) == {path.name}
+    assert not Path("b", path.name).exists()
+    storage.remove([path.name])
+    storage.remove([path.name])
+    assert storage.files() == set()
 
 
 # --- the pipeline ----------------------------------------------------------------------------
@@ -276,9 +353,12 @@ def test_the_queue_and_what_an_experiment_leaves(committed):
         assert wait_for(lambda: queue.states() == {"first": experiments.SUCCESS})
     other = committed.parent / "other"
     other.mkdir()
+    with Repo() as repo, repo.config.edit() as config:
+        config["remote"]["storage"] = {"url": str(committed.parent / "storage")}
     experiments.begin_with_same_cache(other)
     with Repo(str(other)) as repo:
         assert Path(repo.cache.local_cache_dir) == committed / ".dvc/cache"
+        assert Path(repo.cloud.get_remote("storage").path) == committed.parent / "storage"
 
 
 def wait_for(what):

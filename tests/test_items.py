@@ -273,6 +273,7 @@ def test_an_index_of_version_2_is_taken_over(repository):
     take()
     with closing(sqlite3.connect(INDEX)) as db:
         for statement in (
+            *TO_3,
             "ALTER TABLE items DROP COLUMN inode",
             "ALTER TABLE items DROP COLUMN changed",
             "ALTER TABLE runs DROP COLUMN because",
@@ -283,6 +284,46 @@ def test_an_index_of_version_2_is_taken_over(repository):
         db.commit()
     assert take()[1] == []
     assert Index(INDEX).last_runs()["test"].reused == 10
+
+
+# What version 4 added: to which remotes items, families and trials were pushed.
+TO_3 = (
+    "ALTER TABLE items DROP COLUMN remotes",
+    "ALTER TABLE items DROP COLUMN here",
+    "ALTER TABLE families DROP COLUMN remotes",
+    "ALTER TABLE trials DROP COLUMN remotes",
+    "DROP TABLE remotes",
+    "DROP TABLE shards",
+    "DROP TABLE damaged",
+    "PRAGMA user_version = 3",
+)
+
+
+def test_an_index_of_version_3_is_taken_over(repository):
+    before()
+    now()
+    with closing(sqlite3.connect(INDEX)) as db:
+        for statement in TO_3:
+            db.execute(statement)
+        db.commit()
+    index = Index(INDEX)
+    assert len(index.all()) == 14 and not any(row.remotes for row in index.all())
+    account, made, _ = now()
+    assert (
+        made == []
+        and account == "10 reused (6 made by earlier code, same bytes in an earlier trial), 0 made"
+    )
+    assert len(index.families("test")) == 1
+
+
+def test_an_index_of_a_later_version_is_left_alone(repository):
+    take()
+    with closing(sqlite3.connect(INDEX)) as db:
+        db.execute("PRAGMA user_version = 5")
+    with pytest.raises(BobError, match=r"items\.sqlite.*made by a later version of bob"):
+        take()
+    with closing(sqlite3.connect(INDEX)) as db:
+        assert db.execute("SELECT count(*) FROM items").fetchone() == (10,)
 
 
 def test_why_items_were_made_is_kept(repository):
@@ -640,7 +681,7 @@ def test_the_cache_shows_what_is_there_and_what_the_last_run_reused(repository):
     code, output = invoke("cache")
     assert code == 0
     _, line, index = output.splitlines()
-    assert line.split() == ["test", "9", "54", "1", "4", "6"]
+    assert line.split() == ["test", "9", "54", "0", "1", "4", "6"]
     assert index == f"index: {INDEX}"
 
 

@@ -5,7 +5,6 @@ Most of it is what the scripts in bench/ measure, with fewer repetitions.
 
 import re
 import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -138,7 +137,7 @@ def test_a_check_names_and_forgets_what_the_present_code_makes_otherwise(project
 
     def check():
         return subprocess.run(
-            [sys.executable, "-m", "bob", "cache", "check", "--share", "1", "caption", "generate"],
+            ["python", "-m", "bob", "cache", "check", "--share", "1", "caption", "generate"],
             cwd=project,
             env=environment(project),
             capture_output=True,
@@ -206,7 +205,7 @@ def test_a_clone_that_pulls_adopts_the_items(project, tmp_path):
     clone = tmp_path / "clone"
     run(tmp_path, "git", "clone", "--quiet", str(project), str(clone))
     dvc(clone, "pull", "--with-deps", "generate")
-    output = run(clone, sys.executable, "-m", "bob", "cache", "adopt")
+    output = run(clone, "python", "-m", "bob", "cache", "adopt")
     images = sum(1 for _ in (project / "results/generate/images").rglob("*.png"))
     answers = len((project / "results/items/caption.jsonl").read_text().splitlines())
     assert re.findall(r"(\w+)\.jsonl: (\d+) items adopted\n", output) == [
@@ -220,7 +219,7 @@ def test_a_clone_that_pulls_adopts_the_items(project, tmp_path):
 
 
 @pytest.mark.timeout(1800)
-def test_kills_at_random_moments_leave_the_same_output_and_little_work(tmp_path):
+def test_kills_at_random_moments_leave_the_same_output_and_little_work(tmp_path, real_python):
     project = make_project(tmp_path / "project", kills.SETTINGS, counted=True)
     done = list(kills.kills(project, count=5, seed=1))
     assert len(done) == 5

@@ -616,7 +616,7 @@ def test_a_small_study_is_killed_goes_on_and_is_confirmed_after_a_change_of_code
     run(project, "git", "add", "--all")
     run(project, "git", "commit", "--quiet", "--message", "study")
     params = (project / "params.yaml").read_text()
-    command = [sys.executable, "-m", "bob", "study", "experiments/small.yaml"]
+    command = ["python", "-m", "bob", "study", "experiments/small.yaml"]
 
     first = subprocess.Popen(
         command, cwd=project, env=environment(project), stdout=subprocess.DEVNULL

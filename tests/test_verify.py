@@ -91,6 +91,7 @@ def findings(stage="split"):
 
 @pytest.mark.slow
 def test_every_stage_touches_what_it_declares(reproduced, monkeypatch):
+    """And writes the same bytes in the real Python as it has in the warm one of the tests."""
     monkeypatch.chdir(reproduced)
     before = run(reproduced, "git", "status", "--short", "--ignored")
     status, lines = verified()

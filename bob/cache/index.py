@@ -17,28 +17,47 @@ from bob.errors import BobError
 
 T = TypeVar("T")
 
-VERSION = 3  # of what a recipe and a maker are hashes of, and of the tables
+VERSION = 4  # of what a recipe and a maker are hashes of, and of the tables
 _TABLES = {
     "items": "recipe TEXT NOT NULL, maker TEXT NOT NULL, oid TEXT NOT NULL, size INTEGER NOT NULL,"
-    " stage TEXT NOT NULL, inode INTEGER, changed INTEGER, PRIMARY KEY (recipe, maker)",
+    " stage TEXT NOT NULL, inode INTEGER, changed INTEGER, remotes INTEGER NOT NULL DEFAULT 0,"
+    " here INTEGER NOT NULL DEFAULT 1, PRIMARY KEY (recipe, maker)",  # was its object ever here?
     "started": "recipe TEXT NOT NULL, maker TEXT NOT NULL, PRIMARY KEY (recipe, maker)",
     "runs": "stage TEXT PRIMARY KEY, reused INTEGER NOT NULL, made INTEGER NOT NULL,"
     " because TEXT NOT NULL DEFAULT ''",
     "makers": "id TEXT PRIMARY KEY, parts TEXT NOT NULL",
     "families": "id TEXT PRIMARY KEY, stage TEXT NOT NULL, parts TEXT NOT NULL,"
-    " number INTEGER NOT NULL",
+    " number INTEGER NOT NULL, remotes INTEGER NOT NULL DEFAULT 0",
     "trials": "family TEXT NOT NULL, one TEXT NOT NULL, other TEXT NOT NULL, equal INTEGER NOT"
-    " NULL, compared INTEGER NOT NULL, recipes TEXT NOT NULL, PRIMARY KEY (family, one, other)",
+    " NULL, compared INTEGER NOT NULL, recipes TEXT NOT NULL, remotes INTEGER NOT NULL DEFAULT 0,"
+    " PRIMARY KEY (family, one, other)",
+    # DVC's remotes that items were pushed to or pulled from; bit `number` of the columns `remotes`.
+    "remotes": "number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE,"
+    " read_only INTEGER NOT NULL DEFAULT 0",
+    "shards": "remote INTEGER NOT NULL, name TEXT NOT NULL, PRIMARY KEY (remote, name)",
+    "damaged": "remote INTEGER NOT NULL, oid TEXT NOT NULL, PRIMARY KEY (remote, oid)",
 }
-# What version 2 lacks; a recipe and a maker are the same in both.
-_FROM_2 = (
-    "ALTER TABLE items ADD COLUMN inode INTEGER",
-    "ALTER TABLE items ADD COLUMN changed INTEGER",
-    "ALTER TABLE runs ADD COLUMN because TEXT NOT NULL DEFAULT ''",
-)
+# What a version lacks that the next one has; a recipe and a maker are the same in all of these.
+_MIGRATIONS = {
+    2: (
+        "ALTER TABLE items ADD COLUMN inode INTEGER",
+        "ALTER TABLE items ADD COLUMN changed INTEGER",
+        "ALTER TABLE runs ADD COLUMN because TEXT NOT NULL DEFAULT ''",
+        "CREATE TABLE families (id TEXT PRIMARY KEY, stage TEXT NOT NULL, parts TEXT NOT NULL,"
+        " number INTEGER NOT NULL) WITHOUT ROWID",
+    ),
+    3: (
+        *(
+            f"ALTER TABLE {table} ADD COLUMN remotes INTEGER NOT NULL DEFAULT 0"
+            for table in ("items", "families", "trials")
+        ),
+        "ALTER TABLE items ADD COLUMN here INTEGER NOT NULL DEFAULT 1",
+    ),
+}
 _AMONG = "IN (SELECT value FROM json_each(?))"  # one parameter, however many recipes
 _AT_ONCE = 10_000  # recipes in one query
-_COLUMNS = "recipe, maker, oid, size, stage, inode, changed"
+TRIAL_COLUMNS = "family, one, other, equal, compared, recipes"
+COLUMNS = "recipe, maker, oid, size, stage, inode, changed, remotes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +75,8 @@ class Row:
     inode: int | None = None
     changed: int | None = None
     """The object's inode and modification time in ns, when it was last hashed and found whole."""
+    remotes: int = 0
+    """Bit n is set where remote number n has the item, by the shards read from it."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +115,18 @@ class Index:
     """
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:
-        self.path, self._shared = path, shared
+        self.path, self.shared = path, shared
 
     def find(self, recipes: Iterable[str], maker: str | None = None) -> list[Row]:
         """The rows of those recipes that are there, of one maker or of all."""
-        query = f"SELECT {_COLUMNS} FROM items WHERE recipe {_AMONG}"
+        query = f"SELECT {COLUMNS} FROM items WHERE recipe {_AMONG}"
         query, values = (query, ()) if maker is None else (f"{query} AND maker = ?", (maker,))
         asked = list(recipes)
         return self._transact(
             lambda db: [
                 row
                 for start in range(0, len(asked), _AT_ONCE)
-                for row in _rows(
+                for row in rows_of(
                     db.execute(query, (json.dumps(asked[start : start + _AT_ONCE]), *values))
                 )
             ]
@@ -113,13 +134,16 @@ class Index:
 
     def all(self) -> list[Row]:
         """All rows, by stage, recipe and maker."""
-        query = f"SELECT {_COLUMNS} FROM items ORDER BY stage, recipe, maker"
-        return self._transact(lambda db: list(_rows(db.execute(query))))
+        query = f"SELECT {COLUMNS} FROM items ORDER BY stage, recipe, maker"
+        return self._transact(lambda db: list(rows_of(db.execute(query))))
 
     def found_whole(self, rows: Iterable[Row]) -> None:
         """Keep the rows' inodes and modification times."""
         values = [(row.inode, row.changed, row.recipe, row.maker, row.oid) for row in rows]
-        query = "UPDATE items SET inode = ?, changed = ? WHERE recipe = ? AND maker = ? AND oid = ?"
+        query = (
+            "UPDATE items SET inode = ?, changed = ?, here = 1"
+            " WHERE recipe = ? AND maker = ? AND oid = ?"
+        )
         self._transact(lambda db: db.executemany(query, values))
 
     def start(self, recipes: Sequence[str], maker: str) -> set[str]:
@@ -130,8 +154,9 @@ class Index:
         asked = json.dumps(recipes)
 
         def announce(db: sqlite3.Connection) -> set[str]:
+            # What a remote has and yet is to be made cannot be had from there.
             taken = db.execute(
-                f"SELECT recipe FROM items WHERE maker = ? AND recipe {_AMONG} "
+                f"SELECT recipe FROM items WHERE maker = ? AND remotes = 0 AND recipe {_AMONG} "
                 f"UNION SELECT recipe FROM started WHERE maker = ? AND recipe {_AMONG}",
                 (maker, asked, maker, asked),
             )
@@ -146,7 +171,12 @@ class Index:
 
         def insert(db: sqlite3.Connection) -> None:
             db.executemany(
-                f"INSERT OR REPLACE INTO items ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT INTO items ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, 0)"
+                " ON CONFLICT (recipe, maker) DO UPDATE SET"
+                # A remote that has the same object still has the item.
+                " remotes = CASE oid WHEN excluded.oid THEN remotes ELSE 0 END, oid = excluded.oid,"
+                " size = excluded.size, stage = excluded.stage, inode = excluded.inode,"
+                " changed = excluded.changed, here = 1",
                 [
                     (row.recipe, row.maker, row.oid, row.size, row.stage, row.inode, row.changed)
                     for row in rows
@@ -170,10 +200,8 @@ class Index:
 
     def record_maker(self, maker: Maker) -> None:
         """Remember what a maker consists of."""
-        parts = json.dumps({"code": dict(maker.code), "libraries": dict(maker.libraries)})
-        self._transact(
-            lambda db: db.execute("INSERT OR IGNORE INTO makers VALUES (?, ?)", (maker.id, parts))
-        )
+        values = (maker.id, json.dumps(maker.parts))
+        self._transact(lambda db: db.execute("INSERT OR IGNORE INTO makers VALUES (?, ?)", values))
 
     def maker(self, id: str) -> Maker | None:
         """The maker of that id, if its parts are known here."""
@@ -198,8 +226,9 @@ class Index:
     def record_family(self, stage: str, id: str, parts: Mapping[str, Any]) -> None:
         """Remember what a family consists of, as the one that the stage asked for last."""
         query = (
-            "INSERT OR REPLACE INTO families VALUES"
+            "INSERT INTO families (id, stage, parts, number) VALUES"
             " (?, ?, ?, (SELECT coalesce(max(number), 0) + 1 FROM families))"
+            " ON CONFLICT (id) DO UPDATE SET number = excluded.number"
         )
         values = (id, stage, json.dumps(parts))
         self._transact(lambda db: db.execute(query, values))
@@ -214,9 +243,8 @@ class Index:
     def record_trial(self, family: str, trial: Trial, recipes: Sequence[str]) -> None:
         """Remember how a trial on the items of these `recipes` came out."""
         values = (family, trial.one, trial.other, trial.equal, trial.compared, json.dumps(recipes))
-        self._transact(
-            lambda db: db.execute("INSERT OR REPLACE INTO trials VALUES (?, ?, ?, ?, ?, ?)", values)
-        )
+        query = f"INSERT OR REPLACE INTO trials ({TRIAL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
+        self._transact(lambda db: db.execute(query, values))
 
     def trials(self, family: str) -> list[Trial]:
         """All trials in a family."""
@@ -231,6 +259,17 @@ class Index:
     def drop_started(self) -> None:
         """Forget what was announced: who is alive announces again, batch by batch."""
         self._transact(lambda db: db.execute("DELETE FROM started"))
+
+    def remotes(self) -> dict[int, str]:
+        """Number -> name of the remotes that items were pushed to or pulled from."""
+        query = "SELECT number, name FROM remotes ORDER BY number"
+        return self._transact(lambda db: dict(db.execute(query).fetchall()))
+
+    def record_damaged(self, remote: int, oids: Iterable[str]) -> None:
+        """Remember objects that are damaged at a remote; who pushes them next replaces them."""
+        values = [(remote, oid) for oid in oids]
+        query = "INSERT OR IGNORE INTO damaged VALUES (?, ?)"
+        self._transact(lambda db: db.executemany(query, values))
 
     def record_run(self, run: LastRun) -> None:
         """Remember what the last run of a stage reused and made."""
@@ -258,7 +297,7 @@ class Index:
             raise BobError(f"{path}, the index of the item cache: {error}") from None
 
     def _attempt(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        if self._shared and not self.path.exists():
+        if self.shared and not self.path.exists():
             self.path.touch()
             self.path.chmod(0o664)  # SQLite gives its journal the same
         # A minute, because a process may have been put to sleep in its transaction.
@@ -272,19 +311,26 @@ class Index:
             return result
 
     def _lay_out(self, db: sqlite3.Connection) -> None:
-        """Make the tables. Version 2 is taken over.
+        """Make the tables. Versions from 2 on are taken over.
 
         Version 1 goes: it had one hash of recipe and maker together, which cannot be taken apart.
+        Raises BobError where a later version of bob has made them.
         """
         db.execute("BEGIN IMMEDIATE")
         (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > VERSION:
+            raise BobError(
+                f"{os.path.relpath(self.path)}, the index of the item cache, was made by a later "
+                "version of bob; use that one"
+            )
         if version != VERSION:  # else another has done it meanwhile
-            if version == 2:
-                for statement in _FROM_2:
-                    db.execute(statement)
-            else:
+            if version not in _MIGRATIONS:
                 for table in _TABLES:
                     db.execute(f"DROP TABLE IF EXISTS {table}")
+            while version in _MIGRATIONS:
+                for statement in _MIGRATIONS[version]:
+                    db.execute(statement)
+                version += 1
             for table, columns in _TABLES.items():
                 db.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns}) WITHOUT ROWID")
             db.execute(f"PRAGMA user_version = {VERSION}")
@@ -304,14 +350,15 @@ class Index:
         self.path.replace(damaged)
         warn(
             f"{os.path.relpath(self.path)} was damaged and is now {damaged.name}; items are made "
-            "again, but for those of this workspace after `bob cache adopt`"
+            "again, but for those that `bob cache pull` finds at a remote, or `bob cache adopt` in "
+            "this workspace"
         )
 
 
-def _rows(found: Iterable[tuple[Any, ...]]) -> Iterator[Row]:
+def rows_of(found: Iterable[tuple[Any, ...]]) -> Iterator[Row]:
     """Rows that share the strings which many of them have."""
-    for recipe, maker, oid, size, stage, inode, changed in found:
-        yield Row(recipe, sys.intern(maker), oid, size, sys.intern(stage), inode, changed)
+    for recipe, maker, oid, size, stage, inode, changed, remotes in found:
+        yield Row(recipe, sys.intern(maker), oid, size, sys.intern(stage), inode, changed, remotes)
 
 
 def _damaged(error: sqlite3.DatabaseError) -> bool:

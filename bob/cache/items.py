@@ -16,6 +16,8 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -32,17 +34,21 @@ from bob.cache.recipe import item_key
 from bob.cache.trials import Trials
 from bob.cache.wanted import Wanted
 from bob.cache.work import Executor, Work
+from bob.dvc.remote import Remote
 from bob.dvc.store import ObjectStore
 from bob.errors import BobError
 
 _FOLDER = "bob"  # in DVC's cache
-_TABLE = "{:<10}{:>10}{:>16}{:>8}{:>18}{:>8}"
+_WRITERS = 4  # threads that hash and write objects
+_TABLE = "{:<10}{:>10}{:>16}{:>10}{:>8}{:>18}{:>8}"
 
 
 TRIALS = "BOB_TRIALS"
 """Environment variable; `strict` takes nothing that other code has made."""
 MAKE = "BOB_MAKE"
 """Environment variable; `nothing` raises an error at the first item that is not cached."""
+FETCH = "BOB_FETCH"
+"""Environment variable; `nothing` takes no object from a remote: what lies there is made."""
 
 
 class ItemCache:
@@ -128,10 +134,12 @@ class ItemCache:
 
     def keep(self, wanted: Wanted, items: Mapping[str, bytes]) -> dict[str, Row]:
         """Recipe -> row of items that were made; they are taken in as the present maker's."""
-        rows = [
-            Row(recipe, wanted.maker.id, self._put(item), len(item), self.stage)
-            for recipe, item in items.items()
-        ]
+        with ThreadPoolExecutor(_WRITERS) as writers:
+            oids = writers.map(self._put, items.values())
+            rows = [
+                Row(recipe, wanted.maker.id, oid, len(item), self.stage)
+                for (recipe, item), oid in zip(items.items(), oids, strict=True)
+            ]
         self.index.add(rows)
         self.made += len(rows)
         return {row.recipe: row for row in rows}
@@ -162,7 +170,10 @@ class ItemCache:
         for maker in sorted(made_by, key=lambda one: (one not in same, -len(made_by[one]), one)):
             if maker in different or (maker not in same and not wanted.on_trial):
                 continue  # before anything is hashed
-            rows = self._whole(row for recipe, row in made_by[maker].items() if recipe not in taken)
+            rows = self._whole(
+                (row for recipe, row in made_by[maker].items() if recipe not in taken),
+                fetch=maker in same,  # a trial compares names of objects, and may fail
+            )
             if not rows:
                 continue
             if maker not in same:
@@ -176,7 +187,7 @@ class ItemCache:
                     self._report(wanted, rows, tried, unequal)
                     continue
                 same, different = self._trials.judged(wanted)
-                rows = {recipe: row for recipe, row in rows.items() if recipe not in tried}
+                rows = self._whole(row for recipe, row in rows.items() if recipe not in tried)
             taken |= rows
             self.reused += len(rows)
             self._by_others += len(rows)
@@ -191,8 +202,9 @@ class ItemCache:
     ) -> None:
         one = theirs[unequal[0]]
         how = ""
-        if wanted.differing:
-            how = f" ({wanted.differing(self.read(one.oid), self.read(ours[one.recipe].oid))})"
+        with suppress(BobError):  # where a remote is away, the line goes without
+            if wanted.differing and self._whole([one]):
+                how = f" ({wanted.differing(self.read(one.oid), self.read(ours[one.recipe].oid))})"
         changes = ", ".join(self._trials.code_changes(one.maker, wanted.maker))
         tqdm.write(
             f"{self.stage}: the code has changed ({changes}); {len(unequal)} of {len(ours)} items "
@@ -207,34 +219,87 @@ class ItemCache:
         """Recipe -> row of what this maker has made; see `_whole`."""
         return self._whole(self.index.find(recipes, maker))
 
-    def _whole(self, rows: Iterable[Row]) -> dict[str, Row]:
-        """Recipe -> row of those whose objects are there and whole; the others are forgotten.
+    def _whole(self, rows: Iterable[Row], *, fetch: bool = True) -> dict[str, Row]:
+        """Recipe -> row of those whose objects are there and whole.
+
+        What only a remote has is fetched, all of it at once, or else, without `fetch`, taken to be
+        there. What is nowhere is forgotten.
+        """
+        rows = list(rows)
+        found = self.look(rows)
+        far = [n for n, row in enumerate(rows) if found[n] is None and row.remotes]
+        may_fetch = _may_fetch()
+        if far and may_fetch:
+            asked = [rows[n] for n in far]
+            if fetch:
+                self._fetch(asked)
+            for n, row in zip(far, self.look(asked) if fetch else asked, strict=True):
+                found[n] = row
+        nowhere = (
+            row
+            for row, whole in zip(rows, found, strict=True)
+            if whole is None and (may_fetch or not row.remotes)
+        )
+        self.index.drop(nowhere)
+        return {row.recipe: row for row in found if row}
+
+    def look(self, rows: Iterable[Row]) -> list[Row | None]:
+        """The rows, in order, None in place of those whose objects are not here, or not whole.
 
         An object is hashed when it is first taken, and again when it was changed since: as DVC does
-        it, by inode, size and modification time.
+        it, by inode, size and modification time. One that is damaged is named and removed.
         """
-        present, hashed, lost = {}, [], []
+        found: list[Row | None] = []
+        hashed = []
         for row in rows:
             try:
                 whole = self._hashed(row)
             except (FileNotFoundError, NotADirectoryError):
-                lost.append(row)
+                found.append(None)
                 continue
+            found.append(whole)
             if whole is None:
-                lost.append(row)
+                then = "fetched from a remote" if row.remotes else "made"
                 warn(
                     f"object {row.oid} of the DVC cache, {row.stage} item {row.recipe[:12]}, is "
-                    "damaged; the item is made again"
+                    f"damaged; the item is {then} again"
                 )
                 # As DVC does with an object that it finds damaged: no one must be given it.
                 self._store.path(row.oid).unlink(missing_ok=True)
-                continue
-            present[row.recipe] = whole
-            if whole is not row:
+            elif whole is not row:
                 hashed.append(whole)
         self.index.found_whole(hashed)
-        self.index.drop(lost)
-        return present
+        return found
+
+    def _fetch(self, rows: Sequence[Row]) -> None:
+        """Bring these objects from the remotes that have them, if one does.
+
+        Raises BobError where some could not be had because a remote could not be reached.
+        """
+        missing = {row.oid for row in rows}
+        unreachable = None
+        for number, name in self.index.remotes().items():
+            there = missing & {row.oid for row in rows if row.remotes >> number & 1}
+            if not there:
+                continue
+            try:
+                gone, damaged = self.remote(name).fetch(there)
+            except BobError as error:
+                unreachable = error
+                continue
+            missing -= there - gone - damaged
+            self.index.record_damaged(number, damaged)
+            if gone or damaged:
+                warn(
+                    f"remote `{name}`: of {len(there):,} objects {len(gone):,} are gone and "
+                    f"{len(damaged):,} damaged; what no remote has is made again"
+                )
+        if missing and unreachable:
+            raise BobError(f"{unreachable}; with {FETCH}=nothing, what lies there is made again")
+
+    def remote(self, name: str | None = None) -> Remote:
+        """A remote of the repository, by its name in DVC's configuration, or the default one."""
+        return Remote(self._store, name)
 
     def _hashed(self, row: Row) -> Row | None:
         """The row, with its object's new inode and time where it had to be hashed; None: damaged.
@@ -303,7 +368,14 @@ class ItemCache:
 
         Of other makers that which is known to be the same; what a trial would tell is not known.
         """
-        return {row.recipe: row.oid for row in self._same(wanted) if self._store.exists(row.oid)}
+        return {row.recipe: row.oid for row in self._same(wanted) if self._is_had(row)}
+
+    def _is_had(self, row: Row) -> bool:
+        return bool(row.remotes and _may_fetch()) or self.exists(row.oid)
+
+    def exists(self, oid: str) -> bool:
+        """Whether an object is in the local cache."""
+        return self._store.exists(oid)
 
     def present(self, wanted: Wanted) -> dict[str, Row]:
         """Recipe -> row of what `take` would reuse without a trial; damaged objects are removed."""
@@ -318,27 +390,32 @@ class ItemCache:
     # --- what `bob cache` does -----------------------------------------------------------------
 
     def summary(self) -> list[str]:
-        """Lines of a table: items and their bytes by stage, and what the last runs reused."""
-        gone = {(row.recipe, row.maker) for row in self.gone()}
+        """Lines of a table: items and their bytes by stage, and what the last runs reused.
+
+        `remote` are those of the items that are fetched when they are taken.
+        """
         runs = self.index.last_runs()
         by_stage: dict[str, list[Row]] = {stage: [] for stage in sorted(runs)}
         for row in self.index.all():
             by_stage.setdefault(row.stage, []).append(row)
-        lines = [_TABLE.format("stage", "items", "bytes", "gone", "last run reused", "made")]
+        head = ("stage", "items", "bytes", "remote", "gone", "last run reused", "made")
+        lines = [_TABLE.format(*head)]
         for stage, rows in by_stage.items():
-            kept = [row for row in rows if (row.recipe, row.maker) not in gone]
+            here = [row for row in rows if self.exists(row.oid)]
+            remote = sum(bool(row.remotes) for row in rows) - sum(bool(row.remotes) for row in here)
+            kept = len(here) + remote
             run = runs.get(stage)
             last = (run.reused, run.made) if run else ("-", "-")
-            size = sum(row.size for row in kept)
-            lines.append(_TABLE.format(stage, len(kept), size, len(rows) - len(kept), *last))
+            size = sum(row.size for row in here)
+            lines.append(_TABLE.format(stage, kept, size, remote, len(rows) - kept, *last))
         return [*lines, f"index: {os.path.relpath(self.index.path)}"]
 
     def gone(self) -> list[Row]:
-        """The items whose object is no longer there."""
-        return [row for row in self.index.all() if not self._store.exists(row.oid)]
+        """The items whose object is no longer there, nor at a remote."""
+        return [row for row in self.index.all() if not row.remotes and not self.exists(row.oid)]
 
     def prune(self) -> int:
-        """Forget the items whose object is no longer there; returns how many."""
+        """Forget the items that `gone` returns; returns how many."""
         gone = self.gone()
         self.index.drop(gone)
         self.index.drop_started()
@@ -375,6 +452,10 @@ class ItemCache:
             return None
         self._put(content)
         return len(content)
+
+
+def _may_fetch() -> bool:
+    return os.environ.get(FETCH) != "nothing"
 
 
 _md5 = partial(hashlib.md5, usedforsecurity=False)

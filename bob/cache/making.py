@@ -1,8 +1,9 @@
 """Making what is missing, in company.
 
-Several processes help each other: each announces a batch before it makes it and goes round what
-another has announced. What is still missing in the end it waits for, but no longer than PATIENCE of
-its own slowest batches, and then makes it: the other may have died.
+Several processes help each other: each announces a batch before it makes it, of quick ones a
+second's worth at once, and goes round what another has announced. What is still missing in the end
+it waits for, but no longer than PATIENCE of its own slowest batches, and then makes it: the other
+may have died.
 """
 
 import random
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from bob.cache.items import ItemCache
 
 PATIENCE = 2.0
+_SECONDS_AHEAD = 1.0  # for which batches are announced at once: each time waits for the disk
 
 
 class Making:
@@ -73,19 +75,22 @@ class Making:
 
     def _unannounced(self, places: Sequence[int], left: list[int]) -> Iterator[list[int]]:
         """Batches that no one else has announced, each announced; the other places go to `left`."""
-        recipes, batch = self._wanted.recipes, list[int]()
-        waiting = iter(places)
-        while candidates := list(islice(waiting, self._batch_size - len(batch))):
-            ours = self._cache.index.start(
-                [recipes[place] for place in candidates], self._wanted.maker.id
+        recipes, ours, waiting = self._wanted.recipes, list[int](), iter(places)
+        ahead = 1  # batches announced at once
+        began = time.monotonic()
+        while asked := list(islice(waiting, ahead * self._batch_size - len(ours))):
+            free = self._cache.index.start(
+                [recipes[place] for place in asked], self._wanted.maker.id
             )
-            batch += [place for place in candidates if recipes[place] in ours]
-            left += [place for place in candidates if recipes[place] not in ours]
-            if len(batch) == self._batch_size:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+            ours += [place for place in asked if recipes[place] in free]
+            left += [place for place in asked if recipes[place] not in free]
+            while len(ours) >= self._batch_size:
+                yield ours[: self._batch_size]
+                del ours[: self._batch_size]
+            seconds, began = time.monotonic() - began, time.monotonic()
+            ahead = 2 * ahead if seconds < _SECONDS_AHEAD else max(1, ahead // 2)
+        if ours:
+            yield ours
 
     def _await_others(self, left: list[int]) -> None:
         """Take of `left` what others have made, until nothing came for as long as PATIENCE says."""

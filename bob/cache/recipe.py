@@ -38,7 +38,12 @@ class Maker:
     @cached_property
     def id(self) -> str:
         """Hash of all parts."""
-        return item_key(code=dict(self.code), libraries=dict(self.libraries))
+        return item_key(**self.parts)
+
+    @property
+    def parts(self) -> dict[str, dict[str, str]]:
+        """What `Maker(**parts)` makes it from."""
+        return {"code": dict(self.code), "libraries": dict(self.libraries)}
 
     def changes(self, later: "Maker") -> list[str]:
         """What is another in a later maker: `torch 2.14.0 -> 2.14.1`, `bob/models/sampling.py`."""

@@ -103,11 +103,12 @@ def read_bytes(path: Path, revision: str) -> bytes:
 
 
 def begin_with_same_cache(folder: Path) -> None:
-    """Make `folder` a repository without git whose cache is that of the current one."""
+    """Make `folder` a repository without git, with the cache and the remotes of the current one."""
     from dvc.repo import Repo
 
     with translated():
         with open_repository() as repository:
-            cache = repository.cache.local_cache_dir
+            cache, remotes = repository.cache.local_cache_dir, dict(repository.config["remote"])
         with Repo.init(str(folder), no_scm=True) as scratch, scratch.config.edit() as config:
             config["cache"]["dir"] = cache
+            config["remote"] = remotes  # which items may have to be fetched from

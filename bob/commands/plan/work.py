@@ -200,7 +200,13 @@ def _asking(
         asked += len(keys)
         new += len(missing)
         batches += math.ceil(len(missing) / settings.batch_size)
-        return [project.cache.read(oids[key]).decode() if key in oids else "-" for key in keys]
+        return [
+            # One that a remote has is not fetched to plan: it is taken to be usable.
+            project.cache.read(oids[key]).decode()
+            if key in oids and project.cache.exists(oids[key])
+            else "-"
+            for key in keys
+        ]
 
     for attribute in ATTRIBUTES:
         accepted_answers(ask, photos, attribute, task)

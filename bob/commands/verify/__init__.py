@@ -220,8 +220,6 @@ class Sandbox:
             "HOME": str(self._home),
             "TMPDIR": str(self._home),
             "PYTHONDONTWRITEBYTECODE": "1",  # so that every import opens the module's source
-            # Elsewhere than in the project, which has bytecode of its modules that nobody declares.
-            "PYTHONPYCACHEPREFIX": str(self._home),
             "PYTHONHASHSEED": "random",
         }
         done = subprocess.run(
@@ -350,10 +348,13 @@ def _grouped(paths: Iterable[str], group: Callable[[str], str] = os.path.dirname
 def _project_files(opened: Iterable[str], folder: Path, root: Path) -> list[str]:
     """Of the absolute paths in `opened` those under `folder` that the project at `root` has too.
 
-    Relative to `folder`; without what no stage declares: .git, .dvc and the environment.
+    Relative to `folder`; without what no stage declares: .git, .dvc, the environment and the
+    bytecode that Python keeps beside the modules.
     """
     names = (
-        _relative(Path(path), folder) for path in opened if not _within_any(path, (sys.prefix,))
+        _relative(Path(path), folder)
+        for path in opened
+        if not _within_any(path, (sys.prefix,)) and Path(path).parent.name != "__pycache__"
     )
     return [name for name in names if not name.startswith(".") and (root / name).is_file()]
 
