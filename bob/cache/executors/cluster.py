@@ -134,14 +134,20 @@ class Cluster:
         self._failures: Counter[str] = Counter()  # by machine, since its last success
         self._reasons: dict[str, str] = {}  # by machine that is left alone
         self._waits_since = time.monotonic()  # 0: no longer, or it was said
+        self._slots, self._looked = ("CPU", 0), 0.0
 
     # --- what there is -------------------------------------------------------------------------
 
     def slots(self) -> tuple[str, int]:
-        """`GPU` or `CPU`, and how many of them the cluster has: as many workers can there be."""
-        resources = ray.cluster_resources()
-        kind = "GPU" if resources.get("GPU") else "CPU"
-        return kind, int(resources.get(kind, 0))
+        """`GPU` or `CPU`, and how many of them the cluster has: as many workers can there be.
+
+        No more than _TICK old: the question goes to the cluster's head.
+        """
+        if time.monotonic() > self._looked + _TICK:
+            resources = ray.cluster_resources()
+            kind = "GPU" if resources.get("GPU") else "CPU"
+            self._slots, self._looked = (kind, int(resources.get(kind, 0))), time.monotonic()
+        return self._slots
 
     def workers(self) -> int:
         """See `Executor.workers`."""
