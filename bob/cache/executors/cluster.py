@@ -209,7 +209,9 @@ class Cluster:
         for _ in range(min(slots - len(self._hands), most - useful)):
             if self._source is None:
                 here = OnNode(ray.get_runtime_context().get_node_id(), soft=False)
-                source: Any = ray.remote(num_cpus=0, max_concurrency=8)(Source)
+                # It keeps nothing, so that a new process is as good as the one that was killed.
+                again = {"max_restarts": -1, "max_task_retries": -1}
+                source: Any = ray.remote(num_cpus=0, max_concurrency=8, **again)(Source)
                 self._source = source.options(scheduling_strategy=here).remote(str(Path.cwd()))
             needs = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": 1}
             worker: Any = ray.remote(max_restarts=0, **needs)(Worker)
