@@ -60,6 +60,7 @@ SECONDS = 0.1  # an item
 ATTEMPTS = 3  # at a cluster
 LIMIT = 150  # seconds for a run, broken or not
 SECONDS_TO_GO = 10  # for the workers of a driver that is gone
+SECONDS_WITHOUT_HEAD = 90  # for those that have lost the head as well: Ray gives it 60 to come back
 MODEL = Path("model.bin")  # large enough to be sent in parts
 
 
@@ -183,7 +184,7 @@ class Bench:
         survived = driver.returncode == 0
         if kind != "driver" and not survived and not _is_one_line(driver.returncode, errors):
             wrong.append(f"ended with {driver.returncode}")
-        if left := self._left(cluster):
+        if left := self._left(kind, cluster):
             wrong.append(f"left running: {', '.join(left)}")
         self._repair(kind, cluster)
         ended = "" if survived else errors
@@ -244,9 +245,10 @@ class Bench:
             return errors.strip(), [f"hung for {LIMIT} s"]
         return errors.strip(), []
 
-    def _left(self, cluster: Cluster) -> list[str]:
+    def _left(self, kind: str, cluster: Cluster) -> list[str]:
         """Names of workers that do not go when the driver is gone."""
-        end = time.monotonic() + SECONDS_TO_GO
+        seconds = SECONDS_WITHOUT_HEAD if kind in ("head", "home") else SECONDS_TO_GO
+        end = time.monotonic() + seconds
         while (left := cluster.workers()) and time.monotonic() < end:
             time.sleep(0.2)
         return [process.name() for process in left if alive(process)]

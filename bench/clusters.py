@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def cluster(folder: Path, slots: int) -> Iterator[Any]:
         ray_cluster.shutdown()
 
 
-def drive(code: str, folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[str]:
+def drive(code: str, folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     """A driver: Python of its own in the DVC repository `folder`, for as long as it takes."""
     return subprocess.Popen(
         [sys.executable, "-c", code],
