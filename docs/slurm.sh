@@ -15,10 +15,11 @@ export NODE_TMP=/tmp/ray-$SLURM_JOB_ID
 # Ray on one node, with what Slurm gave of it, on free ports: several jobs may share the node.
 # `ray stop` would stop the Ray of all of them.
 ray_node() {
+  rm -rf "$NODE_TMP" # of the same job before it was requeued
   ray start --block --temp-dir="$NODE_TMP" --object-store-memory=500000000 \
     --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
     --dashboard-agent-listen-port=0 "$@" >/dev/null &
-  trap 'kill -KILL $!' TERM # its processes end with it
+  trap 'kill -KILL $!; wait $! 2>/dev/null || true' TERM # its processes end with it
   wait $! 2>/dev/null || true
   rm -rf "$NODE_TMP"
 }
