@@ -5,6 +5,7 @@ Workers import this module and not the benches, so that they stay light.
 
 import os
 import random
+import secrets
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ def cluster(folder: Path, slots: int) -> Iterator[Any]:
     """A head that makes nothing, as the driver's machine, and a node of so many CPU slots."""
     # Both before Ray is imported: its files lie in `folder`, and its processes find this module.
     os.environ |= {"RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | secret(secrets.token_hex())
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
@@ -37,6 +38,11 @@ def cluster(folder: Path, slots: int) -> Iterator[Any]:
         yield ray_cluster
     finally:
         ray_cluster.shutdown()
+
+
+def secret(token: str) -> dict[str, str]:
+    """Environment variables by which Ray lets in nobody else."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
 def drive(code: str, folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:

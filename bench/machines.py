@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.clusters import ROOT
+from bench.clusters import ROOT, secret
 from bob.parent import alive
 
 DISK = 64 * 2**20  # bytes of a node's folder
@@ -182,11 +182,6 @@ class Cluster:
         """End everything."""
         for machine in (*self.nodes, self.head):
             machine.pull_the_plug()
-
-
-def secret(token: str) -> dict[str, str]:
-    """Environment variables by which Ray lets in nobody else."""
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
 def _ray_start(*options: str) -> list[str]:
