@@ -375,9 +375,11 @@ def _without_ray(error: OSError) -> BobError:
 
 
 def _threads(kind: str) -> int:
-    """How many threads a worker computes with: a GPU's share of its machine's CPUs, or one."""
+    """How many threads a worker computes with: what the user says, a GPU's share of its machine's CPUs, or one."""
     if kind == "CPU":
         return 1
+    if asked := os.environ.get("OMP_NUM_THREADS", ""):
+        return int(asked)
     shares = [
         node["Resources"].get("CPU", 0) // node["Resources"]["GPU"]
         for node in ray.nodes()
