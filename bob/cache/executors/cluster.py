@@ -375,7 +375,7 @@ def _without_ray(error: OSError) -> BobError:
 
 
 def _threads(kind: str) -> int:
-    """How many threads a worker computes with: what the user says, a GPU's share of its machine's CPUs, or one."""
+    """How many a worker computes with: one on a CPU; on a GPU as asked, or its share of the CPUs."""
     if kind == "CPU":
         return 1
     if asked := os.environ.get("OMP_NUM_THREADS", ""):
