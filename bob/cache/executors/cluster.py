@@ -375,7 +375,7 @@ def _without_ray(error: OSError) -> BobError:
 
 
 def _threads(kind: str) -> int:
-    """How many a worker computes with: one on a CPU; on a GPU as asked, or its share of the CPUs."""
+    """How many a worker computes with: on a CPU one; on a GPU as asked, or its share of CPUs."""
     if kind == "CPU":
         return 1
     if asked := os.environ.get("OMP_NUM_THREADS", ""):
