@@ -114,11 +114,12 @@ def open_cluster() -> "Cluster":
             **options,
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        watch.end()
         raise BobError(
             f"no Ray cluster at {address or 'this machine'} ({_line(error)}); `ray status` shows "
             "one that runs"
         ) from None
-    watch.joined(ray.get_runtime_context().gcs_address)
+    watch.joined(ray.get_runtime_context().gcs_address, ray.is_initialized)
     return Cluster(is_own=not address)
 
 
