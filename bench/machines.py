@@ -58,6 +58,18 @@ class Machine:
                     found.append(process)
         return found
 
+    def stand_still(self) -> None:
+        """Stop everything, so that it answers nobody and no connection is closed."""
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether that was done."""
+        processes = self.processes()
+        return bool(processes) and processes[0].status() == psutil.STATUS_STOPPED
+
     def pull_the_plug(self) -> None:
         """End everything at once."""
         while processes := self.processes():
@@ -175,6 +187,7 @@ class Cluster:
         return [
             process
             for machine in (self.head, *self.nodes)
+            if not machine.stands_still
             for process in machine.named("ray::Worker", "ray::Source")
         ]
 
