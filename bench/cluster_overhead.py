@@ -1,17 +1,19 @@
 """What a Ray cluster costs where the work itself costs nothing: speed-up, items a second, memory.
 
-    python -m bench.cluster_overhead [--part speedup] [--part rate] [--part memory]
+    python -m bench.cluster_overhead [--part speedup] [--part rate] [--part memory] [--plot FILE]
 
-A cluster on this machine, of a head that makes nothing and a node with N logical CPUs; the driver
-is a process of its own. Speed-up: items of one second's sleep, 20 a worker. Rate: items of 400 kB
-that are made in no time, so that everything but the making is measured. Memory: what the driver has
-of its own, shared memory left out, while 100,000 small items and 10,000 of 400 kB come.
+A cluster on this machine, of a head that makes nothing and a node of N logical CPUs; the driver is
+a process of its own. Speed-up: items of one second's sleep, one a batch, 20 a worker; once with
+workers that are there already, once with their start. Rate: items of 400 kB that are made in no
+time, so that all but the making is measured, also without Ray. Memory: what the driver has of its
+own, shared memory left out, while 100,000 small items and 10,000 of 400 kB come.
 """
 
 import json
 import shutil
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,20 @@ import click
 import psutil
 
 from bench.clusters import Instant, Meeting, Sleeping, cluster, drive, repository
-from bob.cache.index import Row
+from bob.cache.index import Index, Row
 from bob.cache.items import ItemCache
 from bob.cache.recipe import Maker, item_key
 from bob.cache.wanted import Wanted
 from bob.cache.work import Work
 
+PARTS = ("speedup", "rate", "memory")
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
-IMAGE = 400_000  # bytes
+IMAGE, SMALL = 400_000, 200  # bytes of an item
+MAKERS: dict[str, Callable[..., Sequence[bytes]]] = {
+    "sleeping": Sleeping(1.0),
+    "images": Instant(IMAGE),
+    "small": Instant(SMALL),
+}
 
 
 class WatchedCache(ItemCache):
@@ -35,119 +43,189 @@ class WatchedCache(ItemCache):
 
     def __init__(self, stage: str) -> None:
         super().__init__(stage)
-        self.seen: list[tuple[int, float]] = []
+        self.memory: list[tuple[int, float]] = []
+        """Items made, and megabytes."""
 
     def keep(self, *arguments: Any) -> dict[str, Row]:
         rows = super().keep(*arguments)
-        memory = psutil.Process().memory_info()
-        self.seen.append((self.made, (memory.rss - memory.shared) / 2**20))
+        used = psutil.Process().memory_info()
+        self.memory.append((self.made, (used.rss - used.shared) / 2**20))
         return rows
+
+
+def take(maker: str, workers: int, items: int, batch: int, meet: bool) -> None:
+    """The driver: print what it took to have the items made, as JSON.
+
+    With `meet`, all workers have begun before that is measured.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    timed(seconds, "hash and write", ItemCache, "_put")
+    timed(seconds, "index", Index, "add")
+    timed(seconds, "announce", Index, "start")
+    with WatchedCache("bench") as cache:
+        began = time.monotonic()
+        if meet:
+            folder = Path("meeting").absolute()
+            folder.mkdir()
+            cache.take(wanted("met", workers), Work(Meeting(folder, workers)), 1)
+        started, cpu = time.monotonic(), time.process_time()
+        seconds.clear()
+        cache.memory.clear()
+        cache.take(wanted("item", items), Work(MAKERS[maker]), batch)
+        measured = {
+            "start": started - began,
+            "seconds": time.monotonic() - started,
+            "cpu": time.process_time() - cpu,
+            "steps": dict(seconds),
+            "memory": cache.memory,
+        }
+    click.echo(json.dumps(measured))
 
 
 def wanted(name: str, count: int) -> Wanted:
     return Wanted([item_key(name=name, number=n) for n in range(count)], {}, Maker({}, {}))
 
 
-def take(make: Callable[..., Any], workers: int, items: int, batch: int, meet: bool) -> None:
-    """Have the items made and print how long it took, as JSON; `meet`: all workers begin first."""
-    with WatchedCache("bench") as cache:
+def timed(seconds: dict[str, float], step: str, owner: type, method: str) -> None:
+    """Add what a method takes to the seconds of a step, whichever thread calls it."""
+    original = getattr(owner, method)
+
+    def call(*arguments: Any, **named: Any) -> Any:
         began = time.monotonic()
-        if meet:
-            folder = Path("meeting")
-            folder.mkdir()
-            cache.take(wanted("met", workers), Work(Meeting(folder.absolute(), workers)), 1)
-        started = time.monotonic()
-        cpu = time.process_time()
-        cache.seen.clear()
-        cache.take(wanted("item", items), Work(make), batch)
-        ended = time.monotonic()
-        click.echo(
-            json.dumps(
-                {
-                    "start": started - began,
-                    "work": ended - started,
-                    "cpu": time.process_time() - cpu,
-                    "seen": cache.seen[:: max(1, len(cache.seen) // 100)],
-                }
-            )
-        )
+        try:
+            return original(*arguments, **named)
+        finally:
+            seconds[step] += time.monotonic() - began
+
+    setattr(owner, method, call)
 
 
-def run(folder: Path, address: str | None, make: str, *settings: object) -> dict[str, Any]:
-    """Call `take` in a driver of its own, in a new repository."""
+def run(folder: Path, address: str | None, *settings: object) -> dict[str, Any]:
+    """What `take` measures in a driver of its own, in a new repository; no address: without Ray."""
     arguments = ", ".join(map(repr, settings))
     project = repository(folder / "project")
     driver = drive(
-        f"from bench.cluster_overhead import *; take({make}, {arguments})",
+        f"import bench.cluster_overhead as b; b.take({arguments})",
         project,
         {"RAY_ADDRESS": address} if address else {"BOB_EXECUTOR": "local"},
     )
-    output, _ = driver.communicate()
+    output, errors = driver.communicate()
     shutil.rmtree(project)
     if driver.returncode:
-        raise click.ClickException("the driver failed")
+        raise click.ClickException(f"the driver failed: {errors}")
     measured: dict[str, Any] = json.loads(output.splitlines()[-1])
     return measured
 
 
 def speedup(folder: Path, workers: Sequence[int], rounds: int) -> list[dict[str, float]]:
-    """Items of one second, `rounds` a worker: seconds with the workers there already, and not."""
-    found = []
+    """Times as fast as one worker that loses nothing."""
+    click.echo(
+        "| workers | speed-up | of ideal | with their start | all there after | driver's CPU |\n"
+        "|---|---|---|---|---|---|"
+    )
+    rows = []
     for count in workers:
         with cluster(folder, count) as ray_cluster:
-            settings = ("Sleeping(1.0)", count, count * rounds, 1)
+            settings = ("sleeping", count, count * rounds, 1)
             warm = run(folder, ray_cluster.address, *settings, True)
             cold = run(folder, ray_cluster.address, *settings, False)
         row = {
             "workers": count,
-            "start": warm["start"],
-            "warm": warm["work"],
-            "cold": cold["work"],
-            "cpu": warm["cpu"],
+            "speedup": count * rounds / warm["seconds"],
+            "with_start": count * rounds / cold["seconds"],
         }
+        rows.append(row)
         click.echo(
-            f"{count:3} workers: {count * rounds / row['warm']:6.2f} times one a second "
-            f"({rounds / row['warm']:.1%} of ideal); with their start {count * rounds / row['cold']:6.2f} "
-            f"({rounds / row['cold']:.1%}); they start in {row['start']:.1f} s; "
-            f"driver's CPU {row['cpu'] / row['warm']:.1%}"
+            f"| {count} | {row['speedup']:.2f} | {row['speedup'] / count:.1%} | "
+            f"{row['with_start']:.2f} | {warm['start']:.1f} s | "
+            f"{warm['cpu'] / warm['seconds']:.1%} |"
         )
-        found.append(row)
-    return found
+    return rows
 
 
-def rate(folder: Path, items: int, workers: Sequence[int], batch: int) -> list[dict[str, float]]:
-    """Items of 400 kB that are made in no time: how many a second are kept."""
-    found = []
-    made_by = [(0, None), *((count, count) for count in workers)]
-    for count, slots in made_by:
-        settings = (f"Instant({IMAGE})", count, items, batch, slots is not None)
-        if slots is None:
-            measured = run(folder, None, *settings)
-        else:
-            with cluster(folder, slots) as ray_cluster:
+def rate(folder: Path, items: int, batch: int, workers: Sequence[int]) -> None:
+    """Items of 400 kB a second, and what the driver does for one."""
+    click.echo(
+        f"| batches of {batch} by | items a second | driver's CPU | hash and write | index | "
+        "announce |\n|---|---|---|---|---|---|"
+    )
+    for count in (0, *workers):
+        settings = ("images", count, items, batch, bool(count))
+        if count:
+            with cluster(folder, count) as ray_cluster:
                 measured = run(folder, ray_cluster.address, *settings)
-        row = {"workers": count, "rate": items / measured["work"], "cpu": measured["cpu"]}
-        click.echo(
-            f"{count or 'no'} workers: {row['rate']:.0f} items of {IMAGE // 1000} kB a second; "
-            f"driver's CPU {row['cpu'] / measured['work']:.0%}"
-        )
-        found.append(row)
-    return found
+        else:
+            measured = run(folder, None, *settings)
+        each = [
+            measured["cpu"],
+            *(measured["steps"][step] for step in ("hash and write", "index", "announce")),
+        ]
+        columns = " | ".join(f"{1000 * seconds / items:.2f} ms" for seconds in each)
+        who = f"{count} workers" if count else "the driver itself"
+        click.echo(f"| {who} | {items / measured['seconds']:.0f} | {columns} |")
+
+
+def memory(folder: Path, maker: str, items: int, batch: int) -> None:
+    """What the driver has while items come."""
+    with cluster(folder, 2) as ray_cluster:
+        measured = run(folder, ray_cluster.address, maker, 2, items, batch, True)
+    seen = dict(measured["memory"])
+    at = [min(seen, key=lambda n: abs(n - items * tenth // 10)) for tenth in (1, 2, 4, 6, 8, 10)]
+    click.echo(
+        f"{items:,} {maker} in batches of {batch}, {items / measured['seconds']:.0f} a second; "
+        f"the driver's memory: {', '.join(f'{seen[n]:.0f} MB at {n:,}' for n in at)}"
+    )
+
+
+def plot(rows: Sequence[dict[str, float]], path: Path) -> None:
+    """Speed-up against workers, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "bob"  # the same figure, the same bytes
+    figure, axes = plt.subplots(figsize=(5, 4))
+    workers = [row["workers"] for row in rows]
+    axes.plot(workers, workers, color="0.7", label="ideal")
+    axes.plot(workers, [row["speedup"] for row in rows], "o-", label="workers that are there")
+    axes.plot(workers, [row["with_start"] for row in rows], "s--", label="with their start")
+    for set_scale in (axes.set_xscale, axes.set_yscale):
+        set_scale("log", base=2)
+    axes.set(
+        xlabel="workers", ylabel="items a second", xticks=workers, xticklabels=map(str, workers)
+    )
+    axes.set(yticks=workers, yticklabels=map(str, workers))
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
 
 
 @click.command(help=__doc__)
-@click.option("--part", "parts", multiple=True, default=("speedup", "rate", "memory"))
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), default=PARTS)
 @click.option("--workers", multiple=True, type=int, default=WORKERS, show_default=True)
 @click.option("--rounds", default=20, show_default=True, help="Items of a second for each worker.")
-@click.option("--items", default=4000, show_default=True, help="Items of 400 kB.")
-@click.option("--batch", default=8, show_default=True)
-def main(parts: Sequence[str], workers: Sequence[int], rounds: int, items: int, batch: int) -> None:
+@click.option("--items", default=10_000, show_default=True, help="Items of 400 kB.")
+@click.option("--batch", default=32, show_default=True, help="Of items of 400 kB.")
+@click.option("--plot", "path", type=click.Path(path_type=Path), help="SVG of the speed-up.")
+def main(
+    parts: Sequence[str],
+    workers: Sequence[int],
+    rounds: int,
+    items: int,
+    batch: int,
+    path: Path | None,
+) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "speedup" in parts:
-            speedup(folder, workers, rounds)
+            rows = speedup(folder, workers, rounds)
+            if path:
+                plot(rows, path)
         if "rate" in parts:
-            rate(folder, items, (1, 2), batch)
+            rate(folder, items, batch, (1, 2))
+        if "memory" in parts:
+            memory(folder, "small", 10 * items, 100)
+            memory(folder, "images", items, batch)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ Workers import this module and not the benches, so that they stay light.
 
 import os
 import random
+import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+# Ray lets in nobody else.
+SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
 STORE = 2**29  # bytes of shared memory a node
 
 
@@ -22,7 +25,7 @@ def cluster(folder: Path, slots: int) -> Iterator[Any]:
     """A head that makes nothing, as the driver's machine, and a node of so many CPU slots."""
     # Both before Ray is imported: its files lie in `folder`, and its processes find this module.
     os.environ |= {"RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | SECRET
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
@@ -39,7 +42,7 @@ def cluster(folder: Path, slots: int) -> Iterator[Any]:
         ray_cluster.shutdown()
 
 
-def drive(code: str, folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[str]:
+def drive(code: str, folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     """A driver: Python of its own in the DVC repository `folder`, for as long as it takes."""
     return subprocess.Popen(
         [sys.executable, "-c", code],

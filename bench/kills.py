@@ -25,7 +25,7 @@ import psutil
 
 from bench.project import batches_made, clear_log, forget_items
 from bob.parent import alive
-from tests.dvc_project import TINY, dvc, environment, make_project
+from tests.dvc_project import TINY, dvc, environment, make_project, real_python
 
 OUTPUTS = {
     "caption": ["results/caption", "results/items/caption.jsonl"],
@@ -66,12 +66,15 @@ def digest(project: Path, stage: str) -> str:
     return hashed.hexdigest()
 
 
-def start(project: Path, stage: str) -> subprocess.Popen[bytes]:
-    """`dvc repro` of one stage, whatever DVC thinks of its state, in a process group of its own."""
+def start(project: Path, stage: str, python: Path | None = None) -> subprocess.Popen[bytes]:
+    """`dvc repro` of one stage, whatever DVC thinks of its state, in a process group of its own.
+
+    What is to be killed, or timed, is to be run by the real Python.
+    """
     return subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", stage],
+        ["python", "-m", "dvc", "repro", "--force", "--single-item", stage],
         cwd=project,
-        env=environment(project),
+        env=environment(project, python),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -98,7 +101,7 @@ def kill_and_rerun(
     """
     forget_items(project, stage)
     clear_log(project)
-    running = start(project, stage)
+    running = start(project, stage, real_python())
     dvc_process = psutil.Process(running.pid)
     faults = []
     victim = None
@@ -147,7 +150,7 @@ def kills(project: Path, count: int, seed: int) -> Iterator[Kill]:
         forget_items(project, stage)
         clear_log(project)
         began = time.monotonic()
-        if start(project, stage).wait():
+        if start(project, stage, real_python()).wait():
             raise click.ClickException(f"{stage} failed undisturbed")
         seconds = time.monotonic() - began
         undisturbed[stage] = seconds, sum(batches_made(project, stage)), digest(project, stage)

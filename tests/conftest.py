@@ -8,7 +8,9 @@ import re
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["DVC_NO_ANALYTICS"] = "1"
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,20 +18,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the files that have slow tests, so that none of them runs on alone at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: slow[item.path], reverse=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _warm_python():
-    """Projects in tests run a Python that has the libraries imported; from the first that does."""
+    """Projects in tests run a Python that has the libraries imported."""
     from tests import dvc_project, warm_python
 
     dvc_project.python_folder = warm_python.folder
-
-
-@pytest.fixture
-def real_python(monkeypatch):
-    """Projects run the real Python, for tests of what becomes of processes."""
-    from tests import dvc_project
-
-    monkeypatch.setattr(dvc_project, "python_folder", dvc_project.real_python)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A copy of this project, run by DVC at tiny settings.
 
-In tests, its `python` is a warm one (see warm_python.py), but for those that ask for `real_python`.
+In tests its `python` is a warm one (see warm_python.py), except where an environment is asked for
+with `real_python()`.
 """
 
 import os
@@ -51,10 +52,12 @@ def real_python():
 python_folder = real_python  # conftest.py sets another
 
 
-def environment(project):
+def environment(project, python=None):
+    """For DVC in a project; `python` is the folder of another than the usual one."""
+    folders = [str(python or python_folder()), str(real_python()), os.environ["PATH"]]
     return os.environ | {
         LOG: str(made_log(project).absolute()),
-        "PATH": os.pathsep.join([str(python_folder()), str(real_python()), os.environ["PATH"]]),
+        "PATH": os.pathsep.join(folders),
         "DVC_NO_ANALYTICS": "1",
         "GIT_AUTHOR_NAME": "t",
         "GIT_AUTHOR_EMAIL": "t@example.org",

@@ -410,6 +410,7 @@ def test_a_download_that_fails_is_one_line_that_says_which_files_to_bring(
 # --- the command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_writes_and_tracks_the_folder(workspace, monkeypatch):
     for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
         subprocess.run(command, check=True)

@@ -41,7 +41,6 @@ stages:
 def repository(tmp_path, monkeypatch):
     """A small pipeline that has run, as the current folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     for name, text in {
         "dvc.yaml": PIPELINE,
         "params.yaml": "size: 3\nmore: {depth: 1, other: 2}\n",

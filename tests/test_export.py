@@ -100,6 +100,7 @@ def test_no_path_of_this_machine_is_in_the_file(project: Path) -> None:
     assert not any(node.metadata_props or node.doc_string for node in graph.node)
 
 
+@pytest.mark.slow
 def test_another_process_in_another_folder_writes_the_same_bytes(
     project: Path, tmp_path: Path
 ) -> None:

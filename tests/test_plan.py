@@ -68,6 +68,7 @@ def command(*arguments):
 # --- what is there already ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_in_a_fresh_clone_everything_is_to_be_done(tmp_path, monkeypatch):
     folder = make_project(tmp_path / "fresh")
     monkeypatch.chdir(folder)

@@ -219,7 +219,7 @@ def test_a_clone_that_pulls_adopts_the_items(project, tmp_path):
 
 
 @pytest.mark.timeout(1800)
-def test_kills_at_random_moments_leave_the_same_output_and_little_work(tmp_path, real_python):
+def test_kills_at_random_moments_leave_the_same_output_and_little_work(tmp_path):
     project = make_project(tmp_path / "project", kills.SETTINGS, counted=True)
     done = list(kills.kills(project, count=5, seed=1))
     assert len(done) == 5

@@ -53,6 +53,7 @@ def test_utilisation_is_of_the_peak_in_the_precision_computed_in(monkeypatch, ca
         assert f" {share} of peak" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_scripts_need_no_dvc():
     """A machine with a GPU that has torch and diffusers need have no more."""
     code = (

@@ -64,7 +64,6 @@ def git(folder, *arguments):
 def project(tmp_path, monkeypatch):
     """A small pipeline that has run and is committed, as the current folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     for name, text in {
         "dvc.yaml": PIPELINE,
         "params.yaml": PARAMS,

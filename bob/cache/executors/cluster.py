@@ -8,7 +8,6 @@ another: no more is lost than the batches in flight.
 
 import logging
 import os
-import socket
 import sys
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from bob.cache.executors.chosen import ADDRESS
 from bob.cache.executors.files import Source
+from bob.cache.executors.watch import Watch, reach
 from bob.cache.executors.worker import Greeting, Refused, Worker
 from bob.cache.recipe import Maker
 from bob.cache.work import Hardware, Keep, Made, Work
@@ -40,10 +40,11 @@ except ModuleNotFoundError:
 
 ATTEMPTS = 4  # at a batch, each by another worker
 FAILURES = 3  # in a row, after which a machine is left alone
-SECONDS_TO_REACH, SECONDS_TO_CONNECT = 10, 120
+SECONDS_TO_ANSWER = 120
 SECONDS_TO_SAY = 20  # that there is no worker yet
 _TICK = 1.0  # seconds between looks at what the cluster has
 _STORE = 2**30  # bytes of shared memory: results on their way, of which there are few at a time
+_HEAD, _RAYLET = "the head of the Ray cluster", "Ray's process of this machine"
 _CARRIED = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "OMP_WAIT_POLICY")
 
 
@@ -86,6 +87,7 @@ def open_cluster() -> "Cluster":
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     address = os.environ.get(ADDRESS)
     options: dict[str, Any] = {"address": address}
+    parts: dict[str, str] = {}
     if not address:
         options = {"address": "local", "include_dashboard": False, "object_store_memory": _STORE}
     elif address.startswith("ray://"):
@@ -94,8 +96,13 @@ def open_cluster() -> "Cluster":
             "--address HOST:PORT --num-cpus 0 --num-gpus 0` makes this one one that makes nothing, "
             f"then {ADDRESS}=auto"
         )
-    else:
-        _check_reachable(address)
+    elif address.rpartition(":")[2].isdigit():
+        try:
+            reach(address)
+        except OSError as error:
+            raise BobError(f"no Ray cluster at {address} ({error.strerror or error})") from None
+        parts = {_HEAD: address}
+    watch = Watch(parts)
     try:
         ray.init(
             log_to_driver=False,
@@ -108,21 +115,26 @@ def open_cluster() -> "Cluster":
             **options,
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        watch.failed()
         raise BobError(
             f"no Ray cluster at {address or 'this machine'} ({_line(error)}); `ray status` shows "
             "one that runs"
         ) from None
+    head, raylet = _parts()
+    watch.joined({_HEAD: head, _RAYLET: raylet}, lambda: _is_joined(head))
     return Cluster(is_own=not address)
 
 
-def _check_reachable(address: str) -> None:
-    """Raise BobError where nobody listens: Ray itself goes on trying for minutes."""
-    host, _, port = address.rpartition(":")
-    if port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), SECONDS_TO_REACH).close()
-        except OSError as error:
-            raise BobError(f"no Ray cluster at {address} ({error.strerror or error})") from None
+def _parts() -> tuple[str, str]:
+    """Where the cluster's head and Ray's process of this machine listen."""
+    context = ray.get_runtime_context()
+    here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    return context.gcs_address, f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}"
+
+
+def _is_joined(head: str) -> bool:
+    """Whether this process is one of the cluster with that head; asks nobody."""
+    return ray.is_initialized() and bool(ray.get_runtime_context().gcs_address == head)
 
 
 class Cluster:
@@ -137,14 +149,20 @@ class Cluster:
         self._failures: Counter[str] = Counter()  # by machine, since its last success
         self._reasons: dict[str, str] = {}  # by machine that is left alone
         self._waits_since = time.monotonic()  # 0: no longer, or it was said
+        self._slots, self._looked = ("CPU", 0), 0.0
 
     # --- what there is -------------------------------------------------------------------------
 
     def slots(self) -> tuple[str, int]:
-        """`GPU` or `CPU`, and how many of them the cluster has: as many workers can there be."""
-        resources = ray.cluster_resources()
-        kind = "GPU" if resources.get("GPU") else "CPU"
-        return kind, int(resources.get(kind, 0))
+        """`GPU` or `CPU`, and how many of them the cluster has: as many workers can there be.
+
+        No more than _TICK old: the question goes to the cluster's head.
+        """
+        if time.monotonic() > self._looked + _TICK:
+            resources = ray.cluster_resources()
+            kind = "GPU" if resources.get("GPU") else "CPU"
+            self._slots, self._looked = (kind, int(resources.get(kind, 0))), time.monotonic()
+        return self._slots
 
     def workers(self) -> int:
         """See `Executor.workers`."""
@@ -168,7 +186,7 @@ class Cluster:
         if not looking:
             raise BobError("the Ray cluster has neither GPUs nor CPUs to make items with")
         try:
-            found = set(ray.get(looking, timeout=SECONDS_TO_CONNECT))
+            found = set(ray.get(looking, timeout=SECONDS_TO_ANSWER))
         except (RayError, TimeoutError) as error:
             raise BobError(f"the Ray cluster does not answer ({_reason(error)})") from None
         one = found.pop()
@@ -206,7 +224,9 @@ class Cluster:
         for _ in range(min(slots - len(self._hands), most - useful)):
             if self._source is None:
                 here = OnNode(ray.get_runtime_context().get_node_id(), soft=False)
-                source: Any = ray.remote(num_cpus=0, max_concurrency=8)(Source)
+                # It keeps nothing, so that a new process is as good as the one that was killed.
+                again = {"max_restarts": -1, "max_task_retries": -1}
+                source: Any = ray.remote(num_cpus=0, max_concurrency=8, **again)(Source)
                 self._source = source.options(scheduling_strategy=here).remote(str(Path.cwd()))
             needs = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": 1}
             worker: Any = ray.remote(max_restarts=0, **needs)(Worker)
@@ -223,10 +243,12 @@ class Cluster:
     def _await(self, maker: Maker, todo: "_Batches", done: list[Made]) -> None:
         """Wait for workers; batches go to `done`, or back to be made again."""
         pending = {hand.doing: hand for hand in self._hands if hand.doing is not None}
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=_TICK)
-        if ready:
-            ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
-        elif self._waits_since and time.monotonic() > self._waits_since + SECONDS_TO_SAY:
+        ready = _ready(list(pending))
+        if (
+            not ready
+            and self._waits_since
+            and time.monotonic() > self._waits_since + SECONDS_TO_SAY
+        ):
             self._waits_since = 0.0
             tqdm.write("waiting for a worker of the Ray cluster", file=sys.stderr)
         for hand in [pending[one] for one in ready]:
@@ -235,6 +257,8 @@ class Cluster:
             except RayError as error:
                 self._lost(hand, error, todo)
                 continue
+            except OSError as error:  # no worker's: that would be a RayError as well
+                raise _without_ray(error) from None
             hand.doing = None
             if hand.batch is None:
                 self._greeted(hand, result, maker)
@@ -348,6 +372,19 @@ class _Keeper:
             if self._keeping:
                 self._keeping.result()
             self._keeping, self.done = self._thread.submit(self._keep, self.done), []
+
+
+def _ready(pending: list[Any]) -> list[Any]:
+    """What has come of these, once there is something, but after _TICK at the latest."""
+    try:
+        ready, _ = ray.wait(pending, num_returns=1, timeout=_TICK)
+        return ray.wait(pending, num_returns=len(pending), timeout=0)[0] if ready else []
+    except OSError as error:
+        raise _without_ray(error) from None
+
+
+def _without_ray(error: OSError) -> BobError:
+    return BobError(f"{_RAYLET} does not answer ({_line(error)}); what was made is kept")
 
 
 def _threads(kind: str) -> int:
