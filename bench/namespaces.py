@@ -53,7 +53,7 @@ def drive(command: tuple[str, ...], cpus: int) -> int:
         run(f"ip {side} route add default dev {device}")  # by which Ray finds its own address
     os.environ.update(RAY_ENVIRONMENT, RAY_ADDRESS=ADDRESS)
     head = f"--head --port={PORT} --num-cpus=0 --include-dashboard=false --temp-dir=/run/ray"
-    start_ray(f"{head} --node-ip-address={DRIVER}")
+    start_ray(f"{head} --node-ip-address={DRIVER}").check_returncode()
     inside = ["ip", "netns", "exec", "worker", *new_machine()]
     with subprocess.Popen([*inside, *this_module("worker", str(cpus))]) as worker:
         try:
@@ -87,7 +87,8 @@ def work(cpus: int) -> None:
     os.chdir("/tmp")
     os.environ.clear()
     os.environ.update(RAY_ENVIRONMENT, HOME="/root", PATH=f"{sys.prefix}/bin:/usr/bin:/bin")
-    start_ray(f"--block --address={ADDRESS} --node-ip-address={WORKER} --num-cpus={cpus}")
+    options = f"--block --address={ADDRESS} --node-ip-address={WORKER} --num-cpus={cpus}"
+    sys.exit(start_ray(options).returncode)
 
 
 def show(folder: Path, root: Path) -> None:
@@ -97,10 +98,10 @@ def show(folder: Path, root: Path) -> None:
     run(f"mount --bind -o ro {folder} {inside}")
 
 
-def start_ray(options: str) -> None:
+def start_ray(options: str) -> "subprocess.CompletedProcess[bytes]":
     line = f"start --num-gpus=0 --object-store-memory=500000000 {options}"
     call = [sys.executable, "-m", "ray.scripts.scripts", *shlex.split(line)]
-    subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
+    return subprocess.run(call, check=False, stdout=subprocess.DEVNULL)
 
 
 def await_cpus(count: int) -> None:

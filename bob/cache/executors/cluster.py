@@ -114,11 +114,12 @@ def open_cluster() -> "Cluster":
             **options,
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        watch.end()
         raise BobError(
             f"no Ray cluster at {address or 'this machine'} ({_line(error)}); `ray status` shows "
             "one that runs"
         ) from None
-    watch.joined(ray.get_runtime_context().gcs_address)
+    watch.joined(ray.get_runtime_context().gcs_address, ray.is_initialized)
     return Cluster(is_own=not address)
 
 
@@ -375,9 +376,11 @@ def _without_ray(error: OSError) -> BobError:
 
 
 def _threads(kind: str) -> int:
-    """How many threads a worker computes with: a GPU's share of its machine's CPUs, or one."""
+    """How many a worker computes with: on a CPU one; on a GPU as asked, or its share of CPUs."""
     if kind == "CPU":
         return 1
+    if asked := os.environ.get("OMP_NUM_THREADS", ""):
+        return int(asked)
     shares = [
         node["Resources"].get("CPU", 0) // node["Resources"]["GPU"]
         for node in ray.nodes()

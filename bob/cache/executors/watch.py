@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 SECONDS_TO_JOIN = 120
 SECONDS_WITHOUT_HEAD = 20  # Ray gives up after 30 to 60, in many lines
@@ -30,15 +31,20 @@ class Watch:
     def __init__(self, head: str) -> None:
         self._head = head
         self._answered = time.monotonic()
+        self._goes_on: Callable[[], bool] = lambda: True
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
-    def joined(self, head: str) -> None:
-        """What the head is; from now on it alone is looked at."""
+    def joined(self, head: str, goes_on: Callable[[], bool]) -> None:
+        """What the head is; from now on it alone is looked at, as long as `goes_on` says."""
         self._answered = time.monotonic()
-        self._head = head
+        self._head, self._goes_on = head, goes_on
+
+    def end(self) -> None:
+        """Look no more."""
+        self._goes_on = lambda: False
 
     def _look(self) -> None:
-        while True:
+        while self._goes_on():
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             if not self._head:
                 self._end_after(
@@ -53,7 +59,7 @@ class Watch:
                 self._end_after(SECONDS_WITHOUT_HEAD, f"has lost its head, {self._head} ({reason})")
 
     def _end_after(self, seconds: float, reason: str) -> None:
-        if time.monotonic() > self._answered + seconds:
+        if time.monotonic() > self._answered + seconds and self._goes_on():
             print(f"bob: the Ray cluster {reason}; what was made is kept", file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)
