@@ -11,7 +11,8 @@ repro: setup
 	@echo "Metrics:         metrics/*.json         (dvc metrics show, dvc metrics diff)"
 	@echo "Contact sheets:  results/audit/contact_sheets/   real and generated, side by side"
 	@echo "Plots:           dvc plots show --open"
-	@echo "Classifier:      results/export/classifier.onnx"
+	@echo "Classifier:      results/export/      with its model card, README.md"
+	@echo "On your photos:  bob predict PHOTO..."
 
 test: setup
 	ruff check .

@@ -8,6 +8,7 @@ A head, which is the driver's machine, and two nodes of two workers, which do no
 \b
 worker  a worker, or the process that hands out the project's files, is killed
 node    all processes of a node are killed
+silent  all processes of a node stand still, as where its network is gone
 raylet  Ray's process of a node is killed
 driver  the driver is killed
 head    Ray's server of the cluster (GCS) is killed
@@ -45,13 +46,14 @@ from bob.cache.work import Work
 from bob.errors import BobError
 from bob.parent import alive
 
-KINDS = ("worker", "node", "raylet", "driver", "head", "home", "disk", "late")
+KINDS = ("worker", "node", "silent", "raylet", "driver", "head", "home", "disk", "late")
 ITEMS, BATCH = 150, 3
 NODES, CPUS = 2, 2
 # Items that may be made again: the batches that are being made, and those that are done and neither
 # brought to the driver nor kept.
 ALLOWED = {
-    **{"worker": BATCH, "node": 2 * BATCH * CPUS, "raylet": 2 * BATCH * CPUS},
+    "worker": BATCH,
+    **dict.fromkeys(("node", "silent", "raylet"), 2 * BATCH * CPUS),
     **dict.fromkeys(("driver", "head", "home"), 2 * BATCH * CPUS * NODES),
     **{"disk": 0, "late": 0},
 }
@@ -213,6 +215,8 @@ class Bench:
             self._draw.choice(cluster.workers()).kill()
         elif kind == "node":
             node.pull_the_plug()
+        elif kind == "silent":
+            node.stand_still()
         elif kind == "raylet":
             _kill(node, "raylet")
         elif kind == "driver":
@@ -231,9 +235,11 @@ class Bench:
         """Take away what is broken; `cluster` puts new machines in its place."""
         if kind in ("head", "home"):
             self.shut_down()
-        elif kind == "disk":
-            for node in cluster.nodes:
+        for node in cluster.nodes:
+            if kind == "disk":
                 node.empty()
+            elif node.stands_still:
+                node.pull_the_plug()
 
     def _end(self, driver: "subprocess.Popen[str]") -> tuple[str, list[str]]:
         """Wait for a driver's end: what it wrote on stderr, and what is wrong."""

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+# Ray lets in nobody else.
+SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
 STORE = 2**29  # bytes of shared memory a node
 
 
@@ -23,7 +25,7 @@ def cluster(folder: Path, slots: int) -> Iterator[Any]:
     """A head that makes nothing, as the driver's machine, and a node of so many CPU slots."""
     # Both before Ray is imported: its files lie in `folder`, and its processes find this module.
     os.environ |= {"RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | secret(secrets.token_hex())
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | SECRET
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
@@ -38,11 +40,6 @@ def cluster(folder: Path, slots: int) -> Iterator[Any]:
         yield ray_cluster
     finally:
         ray_cluster.shutdown()
-
-
-def secret(token: str) -> dict[str, str]:
-    """Environment variables by which Ray lets in nobody else."""
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
 def drive(code: str, folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:

@@ -5,7 +5,6 @@ its own, where the project's folder is empty and the node's folder a small disk.
 """
 
 import os
-import secrets
 import shlex
 import socket
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.clusters import ROOT, secret
+from bench.clusters import ROOT, SECRET
 from bob.parent import alive
 
 DISK = 64 * 2**20  # bytes of a node's folder
@@ -28,11 +27,11 @@ SECONDS_TO_JOIN = 60
 class Machine:
     """`ray start` and all that it starts."""
 
-    def __init__(self, command: Sequence[str], token: str, log: Path) -> None:
+    def __init__(self, command: Sequence[str], log: Path) -> None:
         with log.open("ab") as output:
             self._started = subprocess.Popen(
                 command,
-                env=os.environ | {"PYTHONPATH": str(ROOT)} | secret(token),
+                env=os.environ | {"PYTHONPATH": str(ROOT)} | SECRET,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # no signal for this process reaches it
@@ -58,6 +57,18 @@ class Machine:
                     found.append(process)
         return found
 
+    def stand_still(self) -> None:
+        """Stop everything, so that it answers nobody and no connection is closed."""
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether that was done."""
+        processes = self.processes()
+        return bool(processes) and processes[0].status() == psutil.STATUS_STOPPED
+
     def pull_the_plug(self) -> None:
         """End everything at once."""
         while processes := self.processes():
@@ -71,9 +82,7 @@ class Machine:
 class Node(Machine):
     """A machine that makes items, on so many CPUs."""
 
-    def __init__(
-        self, address: str, token: str, cpus: int, project: Path, folder: Path, log: Path
-    ) -> None:
+    def __init__(self, address: str, cpus: int, project: Path, folder: Path, log: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         start = _ray_start(f"--address={address}", f"--num-cpus={cpus}")
@@ -84,7 +93,7 @@ class Node(Machine):
             alone += ["--user", "--map-root-user"]
         settings = ["env", f"BOB_NODE_FOLDER={folder}"]
         script = f"{hidden} && {disk} && exec {shlex.join([*settings, *start])}"
-        super().__init__([*alone, "sh", "-c", script], token, log)
+        super().__init__([*alone, "sh", "-c", script], log)
 
     @property
     def disk(self) -> Path:
@@ -107,7 +116,7 @@ class Cluster:
 
     def __init__(self, folder: Path, project: Path, cpus: int) -> None:
         self._folder, self._project, self._cpus = folder, project, cpus
-        self._log, self._token = folder / "ray.log", secrets.token_hex()
+        self._log = folder / "ray.log"
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
@@ -119,18 +128,17 @@ class Cluster:
                 "--include-dashboard=false",
                 f"--temp-dir={folder / 'ray'}",
             ),
-            self._token,
             self._log,
         )
         self.address = f"127.0.0.1:{port}"
-        self.environment = {"RAY_ADDRESS": self.address} | secret(self._token)
+        self.environment = {"RAY_ADDRESS": self.address} | SECRET
         self.nodes: list[Node] = []
         self.wait_for(0)
 
     def join(self) -> Node:
         """Another node; it is not waited for."""
         folder = self._folder / f"node{len(list(self._folder.glob('node*')))}"
-        node = Node(self.address, self._token, self._cpus, self._project, folder, self._log)
+        node = Node(self.address, self._cpus, self._project, folder, self._log)
         self.nodes.append(node)
         return node
 
@@ -175,6 +183,7 @@ class Cluster:
         return [
             process
             for machine in (self.head, *self.nodes)
+            if not machine.stands_still
             for process in machine.named("ray::Worker", "ray::Source")
         ]
 

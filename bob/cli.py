@@ -22,8 +22,9 @@ STAGES = {
     "classify": "Train classifiers on the real photos, and on real plus synthetic.",
     "evaluate": "Measure the classifiers' accuracy on test.",
     "audit": "Measure the synthetic set: context leakage, diversity, fidelity.",
-    "export": "Export the best classifier to ONNX.",
+    "export": "Export the best classifier to ONNX, with a script that uses it.",
     "benchmark": "Measure the ONNX model's accuracy, latency and throughput.",
+    "card": "Write the exported classifier's model card.",
 }
 CACHED = ("caption", "finetune", "generate", "classify", "audit")  # the stages with items
 
@@ -77,6 +78,36 @@ def _add_stage(name: str, help_line: str) -> None:
 
 for _name, _help_line in STAGES.items():
     _add_stage(_name, _help_line)
+
+
+@cli.command()
+@click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="An exported classifier.  [default: results/export/classifier.onnx]",
+)
+@click.option(
+    "--top", type=click.IntRange(1), default=3, show_default=True, help="How many classes."
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "csv", "json"]),
+    default="table",
+    show_default=True,
+)
+def predict(photos: tuple[str, ...], model: Path | None, top: int, form: str) -> None:
+    """Say of each PHOTO what the exported classifier sees in it.
+
+    PHOTO is a file, a folder, a glob, or - for a list of these on standard input. Exits with status
+    1 where one could not be read.
+    """
+    from bob.commands.predict import predict as predict_photos
+
+    if not predict_photos(photos, model, top, form):
+        raise SystemExit(1)
 
 
 @cli.command()

@@ -4,6 +4,8 @@ They are of Caltech-UCSD Birds and not ours to redistribute. BOB_BIRDS names the
 task/train and task/test.
 """
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -63,3 +65,17 @@ def test_the_pipeline_runs_on_photos_with_an_imagenet_backbone(project):
     assert onnx["top1"] == pytest.approx(onnx["torch_top1"])
     sheet = Image.open(project / "results/audit/contact_sheets/01.png")
     assert sheet.width > 500
+
+    told = predicted(project)
+    with (project / "results/evaluate/predictions/real_and_synthetic.csv").open() as file:
+        measured = {(row["image"], row["seed"]): row["predicted"] for row in csv.DictReader(file)}
+    assert told == {image: name for (image, seed), name in measured.items() if seed == "0"}
+    top1 = accuracy["real_and_synthetic"]["top1"]
+    assert f"on {top1:.1f} % (" in (project / "results/export/README.md").read_text()
+
+
+def predicted(project):
+    """The class that the exported script names for each test photo."""
+    command = (sys.executable, "results/export/predict.py", "--format", "csv", "--top", "1")
+    rows = csv.DictReader(io.StringIO(run(project, *command, "results/split/test")))
+    return {row["photo"]: row["class"] for row in rows}

@@ -27,6 +27,8 @@ from bob.cli import STAGES, cli
 from bob.commands.study.plan import read_study
 from bob.errors import BobError
 from bob.formats import params
+from bob.formats.layout import PREDICT
+from bob.models import predictor
 from bob.models.endpoint import Endpoint
 from tests.conftest import ROOT
 
@@ -160,7 +162,13 @@ def check_parameter(key: str, value: Any) -> None:
 
 
 def told_of_module(words: list[str]) -> str | None:
-    """`python -m bench.NAME --option`; to ask the script itself would be to import torch."""
+    """`python -m bench.NAME --option`; to ask the script itself would be to import torch.
+
+    Or the script that is exported.
+    """
+    if words[0] == str(PREDICT):
+        _, unknown = predictor.command_line().parse_known_args(words[1:])
+        return f"predict.py has no {unknown}" if unknown else None
     if words[0] != "-m":
         return "not a module's call"
     found = importlib.util.find_spec(words[1])
@@ -195,6 +203,7 @@ def test_every_command_is_understood_by_what_it_calls(tmp_path, monkeypatch):
         ("dvc exp run --queue -S generate.sampler=ddim,dmi", "dmi"),
         ("python -m bench.speedy", "module"),
         ("python -m bench.reuse --small", "--small"),
+        ("python results/export/predict.py --tip 1 photo.jpg", "--tip"),
         ("make all", "target"),
         ("pip install bob", "pip"),
     ],

@@ -19,7 +19,7 @@ from bob.formats.layout import ITEMS
 from tests.conftest import ROOT
 from tests.dvc_project import dvc, make_project, ran, read_params, restored, run, set_params
 
-AFTER_GENERATE = {"generate", "audit", "classify", "evaluate", "export", "benchmark"}
+AFTER_GENERATE = {"generate", "audit", "classify", "evaluate", "export", "benchmark", "card"}
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +102,14 @@ def test_no_output_has_a_parameter_in_its_path_and_none_is_persistent():
 # Parameter -> the stages it goes into. All that depend on these may rerun too; no other may.
 DIRECT = {
     "draw": {"draw"},
-    "data": {"split"},
-    "data.seed": {"draw", "split"},
-    "caption": {"caption", "audit"},
-    "caption.bank": {"caption"},
-    "finetune": {"finetune"},
-    "finetune.base_model": {"finetune", "generate", "audit"},
-    "generate": {"generate"},
-    "classify": {"classify"},
+    "data": {"split", "card"},
+    "data.seed": {"draw", "split", "card"},
+    "caption": {"caption", "audit", "card"},
+    "caption.bank": {"caption", "card"},
+    "finetune": {"finetune", "card"},
+    "finetune.base_model": {"finetune", "generate", "audit", "card"},
+    "generate": {"generate", "card"},
+    "classify": {"classify", "card"},
     "audit": {"audit"},
     "benchmark": {"benchmark"},
 }
@@ -244,7 +244,7 @@ def test_change_and_change_back(project):
     set_params(project, {"generate": {"guidance_scale": 2.5}})
     assert ran(dvc(project, "repro")) == AFTER_GENERATE
     set_params(project, {"benchmark": {"batch_sizes": [2]}})
-    assert ran(dvc(project, "repro")) == {"benchmark"}
+    assert ran(dvc(project, "repro")) == {"benchmark", "card"}
 
     (project / "params.yaml").write_text(original)
     output = dvc(project, "repro")

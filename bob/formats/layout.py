@@ -36,6 +36,8 @@ EVALUATE = Path("results/evaluate")
 AUDIT = Path("results/audit")
 EXPORT = Path("results/export")
 ONNX = EXPORT / "classifier.onnx"
+PREDICT = EXPORT / "predict.py"
+CARD = EXPORT / "README.md"
 BENCHMARK = Path("results/benchmark")
 
 ACCURACY_METRICS = Path("metrics/accuracy.json")

@@ -2,10 +2,12 @@
 
 The file needs no bob: its metadata holds the class names, the descriptor and the preprocessing.
 Input `image` is float32 [batch, 3, height, width], normalised; output `logits` is [batch, classes].
+Beside it lies `predict.py`, which takes photos to classes with it: a copy of bob's own predictor.
 """
 
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +23,10 @@ from torch import Tensor, nn
 
 from bob.errors import BobError
 from bob.formats import layout
-from bob.formats.files import replacing
+from bob.formats.files import replacing_file
 from bob.formats.params import Params
 from bob.formats.photos import read_photos
+from bob.models import predictor
 from bob.models.backbones import predict
 from bob.models.classifiers import REAL_AND_SYNTHETIC, Trained, load_classifier, read_trained
 from bob.models.preprocessing import read_inputs
@@ -34,7 +37,9 @@ MAX_BYTES = 2 * 1000**3  # protobuf's limit is 2 GiB for the whole file
 
 
 def run(params: Params) -> None:
-    """Write `results/export/classifier.onnx`, checked against the torch model on shots."""
+    """Write `results/export/classifier.onnx`, checked against the torch model on shots, and
+    `predict.py`.
+    """
     trained = read_trained()
     seed = trained.best_seed(REAL_AND_SYNTHETIC)
     model = load_classifier(REAL_AND_SYNTHETIC, seed)
@@ -42,11 +47,12 @@ def run(params: Params) -> None:
     # Spread over the list, which is sorted by class.
     chosen = [photo.path for photo in photos[:: max(1, len(photos) // CHECKED_PHOTOS)]]
     inputs = torch.cat(list(read_inputs(chosen[:CHECKED_PHOTOS], trained.preprocessing)))
-    with replacing(layout.EXPORT) as folder:
-        path = folder / layout.ONNX.name
+    with replacing_file(layout.ONNX) as path:
         write_onnx(model, trained, path)
         difference = check_onnx(path, model, inputs)
         size = path.stat().st_size / 1e6
+    with replacing_file(layout.PREDICT) as path:
+        shutil.copyfile(predictor.__file__, path)
     click.echo(
         f"export: {layout.ONNX}, {size:.1f} MB, {REAL_AND_SYNTHETIC} of seed {seed}; its logits "
         f"differ from torch's by {difference:.1e} at most"

@@ -44,6 +44,7 @@ SECONDS_TO_ANSWER = 120
 SECONDS_TO_SAY = 20  # that there is no worker yet
 _TICK = 1.0  # seconds between looks at what the cluster has
 _STORE = 2**30  # bytes of shared memory: results on their way, of which there are few at a time
+_HEAD, _RAYLET = "the head of the Ray cluster", "Ray's process of this machine"
 _CARRIED = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "OMP_WAIT_POLICY")
 
 
@@ -86,7 +87,7 @@ def open_cluster() -> "Cluster":
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     address = os.environ.get(ADDRESS)
     options: dict[str, Any] = {"address": address}
-    head = ""
+    parts: dict[str, str] = {}
     if not address:
         options = {"address": "local", "include_dashboard": False, "object_store_memory": _STORE}
     elif address.startswith("ray://"):
@@ -100,8 +101,8 @@ def open_cluster() -> "Cluster":
             reach(address)
         except OSError as error:
             raise BobError(f"no Ray cluster at {address} ({error.strerror or error})") from None
-        head = address
-    watch = Watch(head)
+        parts = {_HEAD: address}
+    watch = Watch(parts)
     try:
         ray.init(
             log_to_driver=False,
@@ -114,13 +115,26 @@ def open_cluster() -> "Cluster":
             **options,
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        watch.end()
+        watch.failed()
         raise BobError(
             f"no Ray cluster at {address or 'this machine'} ({_line(error)}); `ray status` shows "
             "one that runs"
         ) from None
-    watch.joined(ray.get_runtime_context().gcs_address, ray.is_initialized)
+    head, raylet = _parts()
+    watch.joined({_HEAD: head, _RAYLET: raylet}, lambda: _is_joined(head))
     return Cluster(is_own=not address)
+
+
+def _parts() -> tuple[str, str]:
+    """Where the cluster's head and Ray's process of this machine listen."""
+    context = ray.get_runtime_context()
+    here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    return context.gcs_address, f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}"
+
+
+def _is_joined(head: str) -> bool:
+    """Whether this process is one of the cluster with that head; asks nobody."""
+    return ray.is_initialized() and bool(ray.get_runtime_context().gcs_address == head)
 
 
 class Cluster:
@@ -370,17 +384,13 @@ def _ready(pending: list[Any]) -> list[Any]:
 
 
 def _without_ray(error: OSError) -> BobError:
-    return BobError(
-        f"Ray's process of this machine is gone ({_line(error)}); what was made is kept"
-    )
+    return BobError(f"{_RAYLET} does not answer ({_line(error)}); what was made is kept")
 
 
 def _threads(kind: str) -> int:
-    """How many a worker computes with: on a CPU one; on a GPU as asked, or its share of CPUs."""
+    """How many threads a worker computes with: a GPU's share of its machine's CPUs, or one."""
     if kind == "CPU":
         return 1
-    if asked := os.environ.get("OMP_NUM_THREADS", ""):
-        return int(asked)
     shares = [
         node["Resources"].get("CPU", 0) // node["Resources"]["GPU"]
         for node in ray.nodes()

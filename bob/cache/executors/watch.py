@@ -1,17 +1,19 @@
-"""Ends a process whose Ray cluster is gone: Ray's own calls wait for a minute, some for ever.
+"""Ends a process whose Ray is gone: Ray's own calls wait for a minute, some for ever.
 
 What waits in one can be told nothing, so that the end of the process is the only way out.
 """
 
+import math
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 SECONDS_TO_JOIN = 120
-SECONDS_WITHOUT_HEAD = 20  # Ray gives up after 30 to 60, in many lines
+SECONDS_TO_ANSWER = 20  # Ray gives up after 30 to 60, in many lines
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_TO_REACH = 10
 
@@ -23,43 +25,49 @@ def reach(address: str) -> None:
 
 
 class Watch:
-    """Ends this process where it cannot join, or loses the cluster's `head` (HOST:PORT, if known).
+    """Ends this process where it cannot join a cluster, or a part of it answers no longer.
 
-    To be made before it joins.
+    To be made before it joins. `parts` is what is known by then: name -> HOST:PORT.
     """
 
-    def __init__(self, head: str) -> None:
-        self._head = head
+    def __init__(self, parts: Mapping[str, str]) -> None:
+        self._parts = parts
+        self._is_joined: Callable[[], bool] = lambda: True
         self._answered = time.monotonic()
-        self._goes_on: Callable[[], bool] = lambda: True
+        self._join_by = self._answered + SECONDS_TO_JOIN
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
-    def joined(self, head: str, goes_on: Callable[[], bool]) -> None:
-        """What the head is; from now on it alone is looked at, as long as `goes_on` says."""
-        self._answered = time.monotonic()
-        self._head, self._goes_on = head, goes_on
+    def joined(self, parts: Mapping[str, str], is_joined: Callable[[], bool]) -> None:
+        """From now on look at these parts, for as long as `is_joined` says that it is of use."""
+        self._answered, self._join_by = time.monotonic(), math.inf
+        self._parts, self._is_joined = parts, is_joined
 
-    def end(self) -> None:
-        """Look no more."""
-        self._goes_on = lambda: False
+    def failed(self) -> None:
+        """Look no longer: it could not join, and says so itself."""
+        self._is_joined = lambda: False
 
     def _look(self) -> None:
-        while self._goes_on():
+        while self._is_joined():
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            if not self._head:
-                self._end_after(
-                    SECONDS_TO_JOIN, "does not answer; `ray status` shows one that runs"
-                )
-                continue
-            try:
-                reach(self._head)
+            gone = self._gone()
+            if not gone:
                 self._answered = time.monotonic()
-            except OSError as error:
-                reason = error.strerror or str(error)
-                self._end_after(SECONDS_WITHOUT_HEAD, f"has lost its head, {self._head} ({reason})")
+            elif time.monotonic() > self._answered + SECONDS_TO_ANSWER:
+                _end(f"{gone}; what was made is kept")
+            if time.monotonic() > self._join_by:
+                _end(f"the Ray cluster was not joined in {SECONDS_TO_JOIN} s")
 
-    def _end_after(self, seconds: float, reason: str) -> None:
-        if time.monotonic() > self._answered + seconds and self._goes_on():
-            print(f"bob: the Ray cluster {reason}; what was made is kept", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(1)
+    def _gone(self) -> str:
+        """What does not answer, in words; empty where everything does."""
+        for name, address in self._parts.items():
+            try:
+                reach(address)
+            except OSError as error:
+                return f"{name}, {address}, does not answer ({error.strerror or error})"
+        return ""
+
+
+def _end(reason: str) -> NoReturn:
+    print(f"bob: {reason}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)

@@ -507,6 +507,10 @@ def _benchmark(project: Project) -> Work:
     )
 
 
+def _card(project: Project) -> Work:
+    return Work("one page")
+
+
 def _classifier(project: Project) -> networks.Classifier:
     return networks.Classifier(
         model_folder(project.params, "classify", "backbone"),
@@ -537,5 +541,6 @@ STAGES: Mapping[str, Callable[[Project], Work]] = {
     "evaluate": _evaluate,
     "export": _export,
     "benchmark": _benchmark,
+    "card": _card,
 }
 """In the order of the table."""
