@@ -1,7 +1,6 @@
 """A team's cache over ssh and S3, with the real pipeline at tiny settings; and after kills."""
 
 import re
-import sys
 
 import pytest
 
@@ -23,7 +22,7 @@ def project(tmp_path_factory):
 
 
 def bob(folder, *arguments):
-    return run(folder, sys.executable, "-m", "bob", *arguments)
+    return run(folder, "python", "-m", "bob", *arguments)
 
 
 @pytest.mark.parametrize("kind", ["ssh", "s3"])

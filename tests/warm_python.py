@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
-# Starts a thread, which a fork does not have and would wait for when it ends.
-NOT_BEFORE_A_FORK = ("onnxruntime",)
+# The one starts a thread, which a fork does not have and would wait for when it ends; the other
+# reads its environment and brings gRPC, which is not made for forks.
+NOT_BEFORE_A_FORK = ("onnxruntime", "ray")
 # Holds all commands of DVC.
 DVC = "dvc.cli.parser"
 # Read by libraries when they are imported, so that for a fork it is too late.
