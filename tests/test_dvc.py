@@ -151,8 +151,9 @@ def test_objects_go_to_a_remote_where_dvc_looks_for_them_and_come_back(
     storage = remote.Remote(store)
     assert storage.name == "storage"
     assert storage.sizes(contents) == {}
-    assert storage.bring(sizes) == 3
-    assert storage.bring(sizes) == 0
+    assert storage.lacking(sizes) == set(contents)
+    storage.bring(contents)
+    assert storage.lacking(sizes) == set() and dict(storage.objects()) == sizes
     assert storage.sizes([*contents, "0" * 32]) == sizes
     with Repo() as repo:
         there = repo.cloud.get_remote_odb("storage")
@@ -161,7 +162,9 @@ def test_objects_go_to_a_remote_where_dvc_looks_for_them_and_come_back(
     path = Path("storage/files/md5") / first[:2] / first[2:]
     path.chmod(0o644)
     path.write_bytes(b"other")
-    assert storage.bring(sizes) == 1  # of another size
+    assert storage.lacking(sizes) == {first}  # of another size
+    storage.bring([first])
+    assert path.read_bytes() == contents[first]
     Path("storage/files/md5", second[:2], second[2:]).unlink()
     path = Path("storage/files/md5") / third[:2] / third[2:]
     path.chmod(0o644)
@@ -172,7 +175,9 @@ def test_objects_go_to_a_remote_where_dvc_looks_for_them_and_come_back(
     assert storage.fetch(list(contents)) == ({second}, {third})
     assert [store.exists(oid) for oid in contents] == [True, False, False]
     store.add(third, b"seven")
-    assert storage.bring({third: 5}) == 0 and storage.bring({third: 5}, again={third}) == 1
+    assert storage.lacking({third: 5}) == set()
+    assert storage.lacking({third: 5}, again={third}) == {third}
+    storage.bring([third])
     assert path.read_bytes() == b"seven"
 
 

@@ -82,15 +82,28 @@ class TeamIndex(Index):
     def page(self, remote: int, after: Row | None, size: int, *, shared: bool = False) -> list[Row]:
         """The next `size` rows that a remote does not have, or, if `shared`, has.
 
-        By object, so that those of a page lie together at the remote.
+        By recipe, so that whoever merges a shard of them writes to one part of the index.
         """
         query = (
             f"SELECT {COLUMNS} FROM items WHERE (remotes & ? != 0) = ?"
-            " AND (oid, recipe, maker) > (?, ?, ?) ORDER BY oid, recipe, maker LIMIT ?"
+            " AND (recipe, maker) > (?, ?) ORDER BY recipe, maker LIMIT ?"
         )
-        last = (after.oid, after.recipe, after.maker) if after else ("", "", "")
+        last = (after.recipe, after.maker) if after else ("", "")
         values = (1 << remote, shared, *last, size)
         return self._transact(lambda db: list(rows_of(db.execute(query, values))))
+
+    def drop_gone(self, there: Iterable[tuple[str, int]]) -> int:
+        """Forget the items whose objects are not `there`, named with their bytes; how many."""
+
+        def drop(db: sqlite3.Connection) -> int:
+            db.execute("CREATE TEMP TABLE there (oid PRIMARY KEY, size) WITHOUT ROWID")
+            db.executemany("INSERT OR REPLACE INTO there VALUES (?, ?)", there)
+            return db.execute(
+                "DELETE FROM items WHERE NOT EXISTS (SELECT 1 FROM there"
+                " WHERE there.oid = items.oid AND there.size = items.size)"
+            ).rowcount
+
+        return self._transact(drop)
 
     def families_and_trials(
         self, remote: int, *, shared: bool = False

@@ -43,12 +43,15 @@ def push(name: str | None) -> None:
         with TemporaryDirectory() as folder:
             for rows in _pages(lambda after: team.page(number, after, ROWS)):
                 here = [row for row in cache.look(rows) if row]
+                sizes = {row.oid: row.size for row in here}
+                lacking = remote.lacking(sizes, team.damaged(number))
                 for part in batches(here, _PUSHED):
-                    sizes = {row.oid: row.size for row in part}
-                    objects += remote.bring(sizes, team.damaged(number))
-                    team.mended(number, sizes)
+                    brought = lacking & {row.oid for row in part}
+                    remote.bring(brought)
+                    team.mended(number, brought)
                     _push_shard(Path(folder), remote, team, number, part)
-                    items += len(part)
+                    lacking -= brought
+                    items, objects = items + len(part), objects + len(brought)
             if team.families_and_trials(number)[1]:  # without items: those of `bob cache check`
                 _push_shard(Path(folder), remote, team, number, [])
         click.echo(f"{remote.name}: {items:,} items pushed, {objects:,} objects brought")
@@ -109,6 +112,7 @@ def _pack(remote: Remote) -> tuple[set[str], set[str], int]:
                 for shard in shards:
                     scratch.merge(number, [shard])
         written: set[str] = set()
+        gone = scratch.drop_gone(remote.objects())
         families_and_trials = scratch.families_and_trials(number, shared=True)
 
         def put(rows: Sequence[Row]) -> None:
@@ -119,18 +123,10 @@ def _pack(remote: Remote) -> tuple[set[str], set[str], int]:
             written.add(path.name)
             path.unlink()
 
-        rest: list[Row] = []
-        gone = 0
         for rows in _pages(lambda after: scratch.page(number, after, ROWS, shared=True)):
-            sizes = remote.sizes({row.oid for row in rows})
-            there = [row for row in rows if sizes.get(row.oid) == row.size]
-            gone += len(rows) - len(there)
-            rest += there
-            if len(rest) >= ROWS:
-                put(rest[:ROWS])
-                rest = rest[ROWS:]
-        if rest or not written:  # at least one, or the remote would seem to be another
-            put(rest)
+            put(rows)
+        if not written:  # without any, the remote would seem to be another
+            put([])
         return listed, written, gone
 
 

@@ -6,7 +6,7 @@ DVC itself keeps no objects.
 
 import re
 import secrets
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -72,23 +72,27 @@ class Remote:
 
     # --- objects ---------------------------------------------------------------------------------
 
-    def bring(self, sizes: Mapping[str, int], again: Collection[str] = ()) -> int:
-        """Bring objects of the local cache there, given with their bytes; returns how many.
+    def lacking(self, sizes: Mapping[str, int], again: Collection[str] = ()) -> set[str]:
+        """Those of the objects, given with their bytes, that are not there.
 
-        Not those that are there with as many bytes, but for those to be brought `again`: where a
-        remote has no atomic writes, whoever was killed has left half a file.
+        What is there with other bytes is removed: where a remote has no atomic writes, whoever was
+        killed has left half a file. So is what is to be brought `again`.
         """
         with self._told():
             there = self.sizes(sizes)
             wrong = {oid for oid, size in there.items() if size != sizes[oid] or oid in again}
             for oid in wrong:
                 self._odb.delete(oid)
-            missing = [oid for oid in sizes if oid not in there or oid in wrong]
-            for start in range(0, len(missing), _AT_ONCE):
-                self._bring(missing[start : start + _AT_ONCE])
-            return len(missing)
+            return sizes.keys() - there.keys() | wrong
 
-    def _bring(self, oids: Sequence[str]) -> None:
+    def bring(self, oids: Collection[str]) -> None:
+        """Bring objects of the local cache there that are not there."""
+        with self._told():
+            ordered = sorted(oids)
+            for start in range(0, len(ordered), _AT_ONCE):
+                self._bring(ordered[start : start + _AT_ONCE])
+
+    def _bring(self, oids: list[str]) -> None:
         from dvc.fs.callbacks import TqdmCallback
 
         failed: dict[str, BaseException] = {}
@@ -96,7 +100,7 @@ class Remote:
             self._odb.add(
                 [self._local.oid_to_path(oid) for oid in oids],
                 self._local.fs,
-                list(oids),
+                oids,
                 check_exists=False,
                 on_error=failed.setdefault,
                 batch_size=self._fs.jobs,
@@ -151,9 +155,11 @@ class Remote:
     def sizes(self, oids: Collection[str]) -> dict[str, int]:
         """Oid -> bytes, of those objects that are there."""
         with self._told():
-            self._fs.fs.invalidate_cache()  # some clouds' libraries remember what they have listed
             if len(oids) >= _ASKED_ONE_BY_ONE:
-                return self._listed(oids)
+                wanted = set(oids)
+                prefixes = {oid[:2] for oid in wanted}
+                return {oid: size for oid, size in self._listed(prefixes) if oid in wanted}
+            self._fs.fs.invalidate_cache()  # some clouds' libraries remember what they have listed
             asked = list(oids)
             infos = self._fs.info(
                 [self._odb.oid_to_path(oid) for oid in asked],
@@ -168,22 +174,22 @@ class Remote:
                     raise info
             return there
 
-    def _listed(self, oids: Collection[str]) -> dict[str, int]:
+    def objects(self) -> Iterator[tuple[str, int]]:
+        """Name and bytes of all objects that are there."""
+        with self._told():
+            yield from self._listed(f"{number:02x}" for number in range(256))
+
+    def _listed(self, prefixes: Iterable[str]) -> Iterator[tuple[str, int]]:
         from dvc_objects.executors import ThreadPoolExecutor
 
-        wanted = set(oids)
-        there = {}
-        with ThreadPoolExecutor(self._fs.jobs, cancel_on_error=True) as pool:
-            prefixes = {oid[:2] for oid in wanted}
-            for prefix, entries in pool.imap_unordered(self._list_prefix, prefixes):
-                for entry in entries:
-                    oid = prefix + self._fs.name(entry["name"])
-                    if oid in wanted:
-                        there[oid] = entry["size"]
-        return there
+        def list_prefix(prefix: str) -> list[tuple[str, int]]:
+            entries = self._list(self._fs.join(self._odb.path, prefix))
+            return [(prefix + self._fs.name(entry["name"]), entry["size"]) for entry in entries]
 
-    def _list_prefix(self, prefix: str) -> tuple[str, list[dict[str, Any]]]:
-        return prefix, self._list(self._fs.join(self._odb.path, prefix))
+        self._fs.fs.invalidate_cache()
+        with ThreadPoolExecutor(self._fs.jobs, cancel_on_error=True) as pool:
+            for listed in pool.imap_unordered(list_prefix, prefixes):
+                yield from listed
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
         with suppress(FileNotFoundError):
