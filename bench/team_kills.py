@@ -93,12 +93,16 @@ def clone(folder: Path, served: Served) -> Path:
     return folder
 
 
+def objects(folder: Path) -> list[Path]:
+    """The objects in a repository's cache; not DVC's `.tmp` file of the one that a kill hit."""
+    return list((folder / ".dvc/cache/files/md5").glob("*/" + "[0-9a-f]" * 30))
+
+
 def damaged(folder: Path) -> list[str]:
     """What is wrong with the objects in a repository's cache."""
-    objects = (folder / ".dvc/cache/files/md5").glob("*/[0-9a-f]*")
     return [
         f"{path} is damaged"
-        for path in objects
+        for path in objects(folder)
         if hashlib.md5(path.read_bytes()).hexdigest() != path.parent.name + path.name
     ]
 
@@ -151,7 +155,7 @@ def killed_after(process: subprocess.Popen[str], seconds: float) -> float | None
 def at_the_end(alice: Path, bob: Path, folder: Path, served: Served) -> list[str]:
     """What is wrong when all have run to their ends."""
     run(alice, *PUSH)
-    total = len(list((alice / ".dvc/cache/files/md5").glob("*/*")))
+    total = len(objects(alice))
     run(bob, *PULL)
     made, known = map(int, run(bob, "-c", MAKE, "0")[0].split())
     faults = [f"Bob made {made} and has {known} of {total}"] if made or known != total else []
