@@ -38,12 +38,13 @@ def planned(count: int) -> list[Generated]:
         Entry(str(number), f"Bird {number % CLASSES}", Context(f"place {number}", f"pose {number}"))
         for number in range(500)
     ]
-    return plan(task, bank, source="bank", images_per_class=count // CLASSES, seed=0)
+    return plan(
+        task, bank, source="bank", images_per_class=count // CLASSES, seed=0, common=SETTINGS
+    )
 
 
 def wanted_of(images: list[Generated]) -> Wanted:
-    recipes = [item_key(**SETTINGS, prompt=image.prompt, seed=image.seed) for image in images]
-    return Wanted(recipes, SETTINGS, Maker({}, {}))
+    return Wanted([image.recipe for image in images], SETTINGS, Maker({}, {}))
 
 
 def fill(count: int, size: int) -> None:

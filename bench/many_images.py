@@ -34,10 +34,11 @@ def fill() -> None:
     """Put what `generate` wants in the current folder into its item cache."""
     of: Any = params.for_stage("generate")
     base_model = Path(of.finetune.base_model)
-    planned = generate.images_of(read_task(), read_bank(BANK), of.generate)
     maker = generate.image_maker(base_model, of.generate)
     with ItemCache("generate") as cache:
-        wanted = generate.images_wanted(cache, base_model, cache.content_hash(LORA), maker, planned)
+        common = generate.decided_by(cache, base_model, cache.content_hash(LORA), maker)
+        planned = generate.images_of(read_task(), read_bank(BANK), of.generate, common)
+        wanted = generate.images_wanted(common, planned)
         cache.take(
             wanted,
             Work(lambda numbers: [random.Random(one).randbytes(SIZE) for one in numbers]),

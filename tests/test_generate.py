@@ -13,11 +13,12 @@ from PIL import Image
 from bob.cache.index import Index
 from bob.cache.lists import read_items
 from bob.errors import BobError
-from bob.formats.layout import BANK, CLASSES, GENERATE, GENERATED, GENERATED_ITEMS, LORA
+from bob.formats.layout import BANK, CLASSES, GENERATE, GENERATED, GENERATED_ITEMS, LORA, REVIEW
 from bob.formats.manifest import check_files, read_manifest
 from bob.formats.params import Params
 from bob.formats.photos import Task, write_task
 from bob.formats.prompts import Context, Entry, read_bank, write_bank
+from bob.formats.review import KEEP, REJECT, Verdict, decide
 from bob.models import diffusion
 from bob.models.lora import add_lora, save_lora
 from bob.models.sampling import ImageMaker, png
@@ -150,13 +151,52 @@ def test_a_damaged_image_in_the_cache_is_made_again_to_the_same_bytes(project, c
     assert run(capsys) == (before, 3, 1)
 
 
-def test_the_list_of_items_names_every_image_and_the_manifest_no_key(project, capsys):
+def test_the_list_of_items_and_the_manifest_name_every_image_and_its_recipe(project, capsys):
     run(capsys)
-    listed = read_items(GENERATED_ITEMS)
-    assert [item.file for item in listed] == [
-        str(GENERATE / image.file) for image in read_manifest()
-    ]
-    assert not any(item.recipe in GENERATED.read_text() for item in listed)
+    listed, planned = read_items(GENERATED_ITEMS), read_manifest()
+    assert [item.file for item in listed] == [str(GENERATE / image.file) for image in planned]
+    assert [item.recipe for item in listed] == [image.recipe for image in planned]
+
+
+def reject(*images, verdict=REJECT):
+    decide(
+        {one.recipe: Verdict(one.recipe, verdict, one.class_name, one.file) for one in images},
+        REVIEW / "birds.jsonl",
+    )
+
+
+def test_of_a_rejected_image_the_next_of_its_class_is_made(project, capsys):
+    before, *_ = run(capsys)
+    tit, *_ = read_manifest()
+    assert tit.file == "images/Tit/0000.png"
+    reject(tit)
+    after, *counts = run(capsys)
+    assert counts == [3, 1]
+    assert after.keys() - before.keys() == {"images/Tit/0002.png"}
+    assert before.keys() - after.keys() == {"images/Tit/0000.png"}
+    decide({tit.recipe: None}, REVIEW / "birds.jsonl")
+    assert run(capsys) == (before, 4, 0)
+
+
+def test_the_last_line_says_how_many_were_rejected_and_a_warning_of_too_many(project, capsys):
+    def said():
+        values = {"finetune": {"base_model": "base"}, "generate": SETTINGS}
+        generate.run(Params(values, "generate"))
+        return capsys.readouterr()
+
+    run(capsys)
+    reject(read_manifest()[0])
+    assert said().out.endswith(" made; 1 rejected by data/review\n")
+    reject(*read_manifest()[:2])
+    out, err = said()
+    assert out.endswith(" made; 3 rejected by data/review\n")
+    assert err.count("\n") == 1 and "of Tit (3 and 2)" in err
+
+
+def test_an_image_to_keep_changes_nothing(project, capsys):
+    before, *_ = run(capsys)
+    reject(*read_manifest(), verdict=KEEP)
+    assert run(capsys) == (before, 4, 0)
 
 
 @pytest.fixture
@@ -180,6 +220,7 @@ def columns(image):
         "pose": context.pose if context else None,
         "prompt": image.prompt,
         "seed": image.seed,
+        "recipe": image.recipe,
     }
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -19,7 +20,8 @@ from bob.formats.prompts import (
     write_bank,
 )
 from bob.miniature.world import CONTEXTS
-from bob.stages.generate import plan
+from bob.stages.generate import passed_over_of
+from bob.stages.generate import plan as plan_images
 from tests.conftest import ROOT
 
 LEAVES, SKY = Context("green leaves", "perched"), Context("blue sky", "flying")
@@ -76,6 +78,10 @@ def test_the_contexts_that_come_with_the_project_can_be_used():
         assert set(read_contexts(path)) <= known
 
 
+def plan(*arguments, **settings):
+    return plan_images(*arguments, common={"steps": 20}, **settings)
+
+
 def test_a_plan_is_a_prefix_of_a_longer_one_and_ignores_the_other_classes():
     def of_wren(task, count, seed=42):
         images = plan(task, BANK, source="bank", images_per_class=count, seed=seed)
@@ -123,6 +129,40 @@ def test_an_image_is_the_same_whatever_the_balance_of_the_classes():
 
     assert of_wren(BANK[1:])[:5] == of_wren(BANK)
     assert len(of_wren(BANK[1:])) == 6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rejected_images_are_replaced_by_the_next_of_their_class(seed):
+    """Whatever is rejected: what is left is the longer plan without it, and nothing else moves."""
+    random = Random(seed)
+    longer = plan(TASK, BANK, source="bank", images_per_class=60, seed=seed)
+    rejected = {image.recipe for image in random.sample(longer, random.randrange(1, 40))}
+    chosen = plan(TASK, BANK, source="bank", images_per_class=20, seed=seed, rejected=rejected)
+    for class_name in TASK.classes:
+        of_class = [image for image in longer if image.class_name == class_name]
+        left = [image for image in of_class if image.recipe not in rejected]
+        assert [image for image in chosen if image.class_name == class_name] == left[:20]
+        last = of_class.index(left[19])
+        assert passed_over_of(chosen)[class_name] == last + 1 - 20
+    assert not passed_over_of(longer)
+
+
+def test_what_was_rejected_of_another_lora_rejects_nothing():
+    rejected = {
+        image.recipe
+        for image in plan_images(
+            TASK, BANK, source="bank", images_per_class=9, seed=0, common={"lora": "another"}
+        )
+    }
+    chosen = plan(TASK, BANK, source="bank", images_per_class=9, seed=0, rejected=rejected)
+    assert chosen == plan(TASK, BANK, source="bank", images_per_class=9, seed=0)
+
+
+def test_a_plan_ends_though_thousands_are_rejected():
+    longer = plan(TASK, BANK, source="bank", images_per_class=5000, seed=0)
+    rejected = frozenset(image.recipe for image in longer)
+    (one, *_) = plan(TASK, BANK, source="bank", images_per_class=1, seed=0, rejected=rejected)
+    assert one.file == "images/Tit/5000.png"
 
 
 def test_a_class_name_that_no_folder_can_have_gets_a_folder_of_its_own():

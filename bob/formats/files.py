@@ -1,6 +1,7 @@
 """Files that are either whole or not there, and whose bytes depend on their content alone."""
 
 import csv
+import fcntl
 import glob
 import hashlib
 import json
@@ -65,6 +66,19 @@ def replacing_file(target: Path) -> Iterator[Path]:
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes and threads that lock `folder` waiting until the block ends.
+
+    The kernel releases the lock with its process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Never removed: a lock on a file that has another name by now, or none, would lock nothing.
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -47,3 +47,6 @@ ONNX_METRICS = Path("metrics/onnx.json")
 # Where a user's own files of contexts live. One fixed folder, because DVC has to know of it before
 # it knows what `generate.context` says.
 CONTEXTS = Path("data/contexts")
+
+# What people have decided about generated images; any file of the folder counts.
+REVIEW = Path("data/review")

@@ -7,7 +7,7 @@ the image, each other key a column.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from bob.errors import BobError
 from bob.formats.files import read_jsonl, write_jsonl
@@ -26,6 +26,13 @@ class Generated:
     """Of the initial noise."""
     file: str
     """Relative to the manifest's folder."""
+    recipe: str = ""
+    """Of the image's item, by which a verdict names it; empty where it is no item."""
+
+    @property
+    def number(self) -> int:
+        """Its number in its class, after which its file is named."""
+        return int(PurePosixPath(self.file).stem)
 
 
 def write_manifest(path: Path, images: Iterable[Generated]) -> None:
@@ -40,6 +47,7 @@ def write_manifest(path: Path, images: Iterable[Generated]) -> None:
                 "prompt": image.prompt,
                 "seed": image.seed,
                 "file_name": image.file,
+                "recipe": image.recipe,
             }
             for image in images
         ),
@@ -56,6 +64,7 @@ def read_manifest(path: Path = GENERATED) -> list[Generated]:
                 row["prompt"],
                 row["seed"],
                 row["file_name"],
+                row["recipe"],
             )
             for row in read_jsonl(path)
         ]

@@ -1,8 +1,10 @@
 """Stage generate: the synthetic set, with context marginalization (paper: step 3)."""
 
 import hashlib
+import itertools
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from bob.cache.recipe import item_key, maker_of
 from bob.cache.wanted import Wanted
 from bob.cache.work import Work
 from bob.formats.files import replacing
-from bob.formats.layout import BANK, GENERATE, GENERATED, GENERATED_ITEMS, LORA
+from bob.formats.layout import BANK, GENERATE, GENERATED, GENERATED_ITEMS, LORA, REVIEW
 from bob.formats.manifest import Generated, check_files, write_manifest
 from bob.formats.names import folder_of
 from bob.formats.params import Params
 from bob.formats.photos import Task, read_task
-from bob.formats.prompts import Entry, drawn_from, prompt, read_bank
+from bob.formats.prompts import Context, Entry, drawn_from, prompt, read_bank
+from bob.formats.review import rejected
 from bob.models import sampling
 
 
@@ -27,9 +30,8 @@ def run(params: Params) -> None:
 
     Images that this repository has made before come from the item cache.
     """
-    settings = params.generate
-    planned = images_of(read_task(), read_bank(BANK), settings)
     with ItemCache("generate") as cache:
+        planned = planned_images(params, cache)
         rows = take_items(params, cache, planned)
         with replacing(GENERATE) as folder:
             (folder / "images").mkdir()
@@ -43,7 +45,25 @@ def run(params: Params) -> None:
             for row, image in zip(rows, planned, strict=True)
         ),
     )
-    print(f"generate: {len(planned)} images, context from {settings.context}: {cache.account}")
+    passed_over = passed_over_of(planned)
+    choice = f"; {passed_over.total()} rejected by {REVIEW}" if passed_over else ""
+    print(
+        f"generate: {len(planned)} images, context from {params.generate.context}: "
+        f"{cache.account}{choice}"
+    )
+    _warn_of_many(passed_over, Counter(image.class_name for image in planned))
+
+
+def planned_images(params: Params, cache: ItemCache) -> list[Generated]:
+    """The images that the workspace asks for."""
+    common = _decided_by(params, cache)
+    return images_of(read_task(), read_bank(BANK), params.generate, common, rejected())
+
+
+def _decided_by(params: Params, cache: ItemCache) -> dict[str, object]:
+    base_model = Path(params.finetune.base_model)
+    maker = image_maker(base_model, params.generate)
+    return decided_by(cache, base_model, cache.content_hash(LORA), maker)
 
 
 def take_items(
@@ -52,7 +72,7 @@ def take_items(
     """The planned images, in order; without a plan, those that the workspace asks for."""
     settings = params.generate
     if planned is None:
-        planned = images_of(read_task(), read_bank(BANK), settings)
+        planned = planned_images(params, cache)
     base_model = Path(params.finetune.base_model)
     maker = image_maker(base_model, settings)
 
@@ -60,7 +80,7 @@ def take_items(
         batch = [planned[number] for number in numbers]
         return [image.prompt for image in batch], [image.seed for image in batch]
 
-    wanted = images_wanted(cache, base_model, cache.content_hash(LORA), maker, planned)
+    wanted = images_wanted(_decided_by(params, cache), planned)
     work = Work(maker.make, inputs, sampling.png, cache.reading(base_model, LORA))
     return cache.take(wanted, work, settings.batch_size, "generating")
 
@@ -78,20 +98,20 @@ def image_maker(base_model: Path, settings: Any) -> sampling.ImageMaker:
     )
 
 
-def images_wanted(
-    cache: ItemCache,
-    base_model: Path,
-    lora: str,
-    maker: sampling.ImageMaker,
-    planned: Sequence[Generated],
-) -> Wanted:
-    """The planned images as the item cache takes them; `lora` is the content hash of the LoRA."""
-    common = {
+def decided_by(
+    cache: ItemCache, base_model: Path, lora: str, maker: sampling.ImageMaker
+) -> dict[str, object]:
+    """What decides an image beside its prompt and seed; `lora` is the content hash of the LoRA."""
+    return {
         "item": "image",
         **maker.settings,
         "model": cache.content_hash(base_model),
         "lora": lora,
     }
+
+
+def images_wanted(common: Mapping[str, object], planned: Sequence[Generated]) -> Wanted:
+    """The planned images as the item cache takes them; `common` is what `decided_by` returns."""
 
     def covering(places: Sequence[int]) -> Iterable[int]:
         """The shortest and the longest prompt."""
@@ -102,7 +122,7 @@ def images_wanted(
     # of images with a context must not speak for images without.
     with_context = any(image.context for image in planned)
     return Wanted(
-        [item_key(**common, prompt=image.prompt, seed=image.seed) for image in planned],
+        [image.recipe for image in planned],
         {**common, "with_context": with_context},
         maker_of(sampling.MADE_BY, sampling.LIBRARIES),
         covering,
@@ -110,19 +130,34 @@ def images_wanted(
     )
 
 
-def images_of(task: Task, bank: Sequence[Entry], settings: Any) -> list[Generated]:
-    """The images to be there by `settings`, the parameters of `generate`."""
+def images_of(
+    task: Task,
+    bank: Sequence[Entry],
+    settings: Any,
+    common: Mapping[str, object],
+    rejected: Collection[str] = (),
+) -> list[Generated]:
+    """The images to be there by `settings`, the parameters of `generate`; see `plan`."""
     return plan(
         task,
         bank,
         source=settings.context,
         images_per_class=settings.images_per_class,
         seed=settings.seed,
+        common=common,
+        rejected=rejected,
     )
 
 
 def plan(
-    task: Task, bank: Sequence[Entry], *, source: str, images_per_class: int, seed: int
+    task: Task,
+    bank: Sequence[Entry],
+    *,
+    source: str,
+    images_per_class: int,
+    seed: int,
+    common: Mapping[str, object],
+    rejected: Collection[str] = (),
 ) -> list[Generated]:
     """Decide class, context, prompt and seed of every image before the first is made.
 
@@ -130,24 +165,62 @@ def plan(
     a class is a prefix of the plan for n + k, whatever the other classes are. How many there are is
     what `images_by_class` says, the bank having an entry for every real photo. The context is drawn
     uniformly from the pool of `drawn_from`, always a whole (background, pose) pair.
+
+    `common` is what else decides an image (`decided_by`), for its recipe. The numbers whose recipes
+    are `rejected` are passed over, so a rejected image is replaced by the next of its class. As a
+    rejected recipe is that of one number, as many numbers at most are looked at as are wanted and
+    rejected.
     """
     counts = images_by_class(task.classes, (entry.class_name for entry in bank), images_per_class)
-    planned = []
+    planned: list[Generated] = []
     for class_name in task.classes if images_per_class else ():
         pool = drawn_from(source, bank, class_name)
-        folder = folder_of(class_name)
-        for number in range(counts[class_name]):
-            context = pool[_hashed("context", seed, class_name, number) % len(pool)]
-            planned.append(
-                Generated(
-                    class_name,
-                    context,
-                    prompt(task.descriptor, class_name, context),
-                    _hashed("noise", seed, class_name, number) % 2**63,
-                    f"images/{folder}/{number:04d}.png",
-                )
-            )
+        images = _images(task.descriptor, class_name, pool, seed, common)
+        left = (image for image in images if image.recipe not in rejected)
+        planned += itertools.islice(left, counts[class_name])
     return planned
+
+
+def _images(
+    descriptor: str,
+    class_name: str,
+    pool: Sequence[Context | None],
+    seed: int,
+    common: Mapping[str, object],
+) -> Iterator[Generated]:
+    """The images of a class, one number after the other, without end."""
+    folder = folder_of(class_name)
+    for number in itertools.count():
+        context = pool[_hashed("context", seed, class_name, number) % len(pool)]
+        text = prompt(descriptor, class_name, context)
+        noise = _hashed("noise", seed, class_name, number) % 2**63
+        yield Generated(
+            class_name,
+            context,
+            text,
+            noise,
+            f"images/{folder}/{number:04d}.png",
+            item_key(**common, prompt=text, seed=noise),
+        )
+
+
+def passed_over_of(planned: Iterable[Generated]) -> Counter[str]:
+    """How many images of each class were rejected before its last planned one, if any."""
+    last = {image.class_name: image.number for image in planned}
+    counts = Counter(image.class_name for image in planned)
+    return +Counter({name: number + 1 - counts[name] for name, number in last.items()})
+
+
+def _warn_of_many(passed_over: Mapping[str, int], left: Mapping[str, int]) -> None:
+    many = [name for name, count in passed_over.items() if count > left[name]]
+    if many:
+        named = ", ".join(f"{name} ({passed_over[name]} and {left[name]})" for name in many[:3])
+        print(
+            f"generate: warning: more images are rejected than are left of {named}"
+            f"{' ...' if len(many) > 3 else ''}; a set chosen like this is no longer what the "
+            "method makes: other captions or another finetune or generate.guidance_scale may help",
+            file=sys.stderr,
+        )
 
 
 def images_by_class(

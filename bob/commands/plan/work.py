@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +12,16 @@ import torch
 from PIL import Image
 
 from bob.cache.items import ItemCache, tree_hash
+from bob.cache.wanted import Wanted
 from bob.commands.plan import model_folder, networks
 from bob.dvc.forecast import UP_TO_DATE, Forecast
 from bob.formats import layout
 from bob.formats.files import sha256
-from bob.formats.manifest import read_manifest
+from bob.formats.manifest import Generated, read_manifest
 from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, read_photos, read_task
-from bob.formats.prompts import ATTRIBUTES, QUESTION, read_bank
+from bob.formats.prompts import ATTRIBUTES, QUESTION, Entry, read_bank
+from bob.formats.review import rejected
 from bob.miniature import world
 from bob.models import denoising, diffusion, finetuning, sampling
 from bob.models.backbones import open_backbone
@@ -237,24 +239,27 @@ def _reused(total: int, new: int, known: bool) -> str:
     return ", ".join([*there, f"{'' if known else 'at most '}{new:,} new"])
 
 
-def _lora_is_cached(project: Project) -> bool:
-    """Whether the LoRA was trained before; false also where that cannot be known yet."""
-    bank, photos = project.forecast.file(layout.BANK), project.photos
-    if bank is None or not photos.known:
-        return False
-    settings = project.params.finetune
-    captions = fine_tuning.training_captions(
-        photos.task, photos.train, read_bank(bank), settings.context
-    )
+def _finetune(project: Project) -> Work:
+    """Nothing where the LoRA was trained before; it was not where that cannot be known yet."""
+    bank = project.forecast.file(layout.BANK)
+    if bank is not None and project.photos.known and cached_lora(project, read_bank(bank)):
+        return Work("LoRA", "1 reused")
+    return fine_tuning_work(project)
+
+
+def cached_lora(project: Project, bank: Sequence[Entry]) -> str | None:
+    """The object of the LoRA of these captions; None where it is to be trained."""
+    settings, photos = project.params.finetune, project.photos
+    captions = fine_tuning.training_captions(photos.task, photos.train, bank, settings.context)
     dtype = resolve_precision(settings.precision)
     wanted = fine_tuning.lora_wanted(project.cache, photos.train, captions, settings, dtype)
-    return len(project.cache.known(wanted)) == len(wanted.recipes)
+    known = project.cache.known(wanted)
+    return known[wanted.recipes[0]] if len(known) == len(wanted.recipes) else None
 
 
-def _finetune(project: Project) -> Work:
+def fine_tuning_work(project: Project) -> Work:
+    """To train the LoRA."""
     settings, photos = project.params.finetune, project.photos.train
-    if _lora_is_cached(project):
-        return Work("LoRA", "1 reused")
     precision = project.gpu.precision(settings.precision)
     pipeline = networks.text_to_image(model_folder(project.params, "finetune", "base_model"))
     trained = pipeline.unet, pipeline.text_encoder
@@ -295,9 +300,32 @@ def _added(*flops: tuple[str, float]) -> dict[str, float]:
 
 
 def _generate(project: Project) -> Work:
+    bank, lora = project.forecast.file(layout.BANK), project.forecast.files(layout.LORA)
+    if not project.photos.known or bank is None or lora is None:
+        return generating_work(project, None)
+    planned, wanted = planned_images(project, read_bank(bank), tree_hash(lora), rejected())
+    cached = project.cache.known(wanted)
+    return generating_work(
+        project, [image.prompt for image in planned if image.recipe not in cached]
+    )
+
+
+def planned_images(
+    project: Project, bank: Sequence[Entry], lora: str, rejected: Collection[str]
+) -> tuple[list[Generated], Wanted]:
+    """The images to be there with these captions, LoRA (its content hash) and rejections."""
+    settings = project.params.generate
+    folder = model_folder(project.params, "finetune", "base_model")
+    maker = generating.image_maker(folder, settings)
+    common = generating.decided_by(project.cache, folder, lora, maker)
+    planned = generating.images_of(project.photos.task, bank, settings, common, rejected)
+    return planned, generating.images_wanted(common, planned)
+
+
+def generating_work(project: Project, prompts: Sequence[str] | None) -> Work:
+    """To make the images of these prompts, or else, where these are not known, all."""
     settings, count = project.params.generate, project.images
     folder = model_folder(project.params, "finetune", "base_model")
-    prompts = _missing_images(project, folder)
     known = prompts is not None
     new = count if prompts is None else len(prompts)
     what = f"{count:,} images of {settings.steps} steps"
@@ -330,24 +358,6 @@ def _generate(project: Project) -> Work:
     )
 
 
-def _missing_images(project: Project, folder: Path) -> list[str] | None:
-    """The prompts of the images that are to be made; None where that cannot be known."""
-    bank = project.forecast.file(layout.BANK)
-    lora = project.forecast.files(layout.LORA)
-    if not project.photos.known or bank is None or lora is None:
-        return None
-    settings = project.params.generate
-    planned = generating.images_of(project.photos.task, read_bank(bank), settings)
-    maker = generating.image_maker(folder, settings)
-    wanted = generating.images_wanted(project.cache, folder, tree_hash(lora), maker, planned)
-    cached = project.cache.known(wanted)
-    return [
-        image.prompt
-        for recipe, image in zip(wanted.recipes, planned, strict=True)
-        if recipe not in cached
-    ]
-
-
 def _png_bytes() -> float:
     """Bytes for a pixel of the generated images that are there."""
     images = list((layout.GENERATE / "images").rglob("*.png"))
@@ -359,13 +369,21 @@ def _png_bytes() -> float:
 
 
 def _classify(project: Project) -> Work:
+    forecast, task = project.forecast, project.photos.task
+    synthetic = None if project.images else Labelled((), (), ())
+    if project.images and project.photos.known and forecast.file(layout.GENERATED) is not None:
+        synthetic = classifying.read_synthetic(task, lambda path: forecast.file(path) or path)
+    return training_work(project, *missing_classifiers(project, synthetic))
+
+
+def training_work(project: Project, new: Sequence[tuple[str, int]], known: bool) -> Work:
+    """To train these classifiers, (variant, seed)."""
     settings, photos = project.params.classify, project.photos
     folder = model_folder(project.params, "classify", "backbone")
-    planned = [(variant, seed) for seed in settings.seeds for variant in VARIANTS]
-    new, known = _missing_classifiers(project, folder, planned)
-    what = f"{len(planned)} classifiers, {settings.epochs} epochs each"
+    count = len(settings.seeds) * len(VARIANTS)
+    what = f"{count} classifiers, {settings.epochs} epochs each"
     if not new:
-        return Work(what, _reused(len(planned), 0, known))
+        return Work(what, _reused(count, 0, known))
     precision = project.gpu.precision(settings.precision)
     network = networks.Classifier(folder, photos.task, settings.lora_rank)
     batch, real = settings.batch_size, len(photos.train)
@@ -387,7 +405,7 @@ def _classify(project: Project) -> Work:
     looks = len(new) * validations * len(photos.val)
     return Work(
         what,
-        _reused(len(planned), len(new), known),
+        _reused(count, len(new), known),
         _added(
             (
                 precision,
@@ -403,32 +421,31 @@ def _classify(project: Project) -> Work:
     )
 
 
-def _missing_classifiers(
-    project: Project, folder: Path, planned: Sequence[tuple[str, int]]
+def missing_classifiers(
+    project: Project, synthetic: Labelled | None
 ) -> tuple[list[tuple[str, int]], bool]:
-    """Those that are to be trained, and whether that is certain for all.
+    """(Variant, seed) of those that are to be trained, and whether that is certain for all.
 
-    `real_only` depends on no generated image, so it is known before these are.
+    `real_only` depends on no generated image, so it is known before these are: before `synthetic`,
+    the generated set, is more than None.
     """
-    photos = project.photos
+    photos, task, seeds = project.photos, project.photos.task, project.params.classify.seeds
+    planned = [(variant, seed) for seed in seeds for variant in VARIANTS]
     if not photos.known:
-        return list(planned), False
-    forecast, task = project.forecast, photos.task
-    certain = not project.images or forecast.file(layout.GENERATED) is not None
-    synthetic = Labelled((), (), ())
-    if certain and project.images:
-        synthetic = classifying.read_synthetic(task, lambda path: forecast.file(path) or path)
+        return planned, False
+    certain = synthetic is not None
+    folder = model_folder(project.params, "classify", "backbone")
     if not any(folder.glob("*.safetensors")):
-        return list(planned), True  # nothing was trained with weights that are not here
+        return planned, True  # nothing was trained with weights that are not here
     trainer = Trainer(
         open_backbone(folder),
         task,
         classifying.recipe_of(project.params.classify),
         real=classifying.labelled(photos.train, task),
-        synthetic=synthetic,
+        synthetic=synthetic or Labelled((), (), ()),
         validation=classifying.labelled(photos.val, task),
     )
-    made, seeds = set(), project.params.classify.seeds
+    made = set()
     for variant in VARIANTS if certain else (REAL_ONLY,):
         wanted = classifying.classifiers_wanted(project.cache, folder, trainer, variant, seeds)
         cached = project.cache.known(wanted)
