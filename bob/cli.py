@@ -25,6 +25,7 @@ STAGES = {
     "export": "Export the best classifier to ONNX, with a script that uses it.",
     "benchmark": "Measure the ONNX model's accuracy, latency and throughput.",
     "card": "Write the exported classifier's model card.",
+    "report": "Write a page to look at the images and the results with.",
 }
 CACHED = ("caption", "finetune", "generate", "classify", "audit")  # the stages with items
 

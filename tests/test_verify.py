@@ -307,7 +307,7 @@ def test_bytes_that_differ_from_run_to_run_are_named_unless_declared(project):
     ]
     text = (project / "dvc.yaml").read_text()
     (project / "dvc.yaml").write_text(
-        text.replace("- results/split\n", "- results/split: {meta: {deterministic: false}}\n")
+        text.replace("- results/split\n", "- results/split: {meta: {deterministic: false}}\n", 1)
     )
     status, _ = verified("split")
     assert status == 0

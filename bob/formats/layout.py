@@ -34,11 +34,14 @@ CLASSIFY_ITEMS = ITEMS / "classify.jsonl"
 CLASSIFY = Path("results/classify")
 EVALUATE = Path("results/evaluate")
 AUDIT = Path("results/audit")
+AUDITED = AUDIT / "generated.jsonl"
+CLUSTERS = AUDIT / "clusters.json"
 EXPORT = Path("results/export")
 ONNX = EXPORT / "classifier.onnx"
 PREDICT = EXPORT / "predict.py"
 CARD = EXPORT / "README.md"
 BENCHMARK = Path("results/benchmark")
+REPORT = Path("results/report")
 
 ACCURACY_METRICS = Path("metrics/accuracy.json")
 SYNTHETIC_METRICS = Path("metrics/synthetic.json")

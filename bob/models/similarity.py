@@ -7,6 +7,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000  # at most; Binkowski et al. 2018
+NEAREST_BLOCK = 1024  # rows that are compared with all others at once
 
 
 def diversity(features: np.ndarray, classes: Sequence[str]) -> float:
@@ -14,7 +15,7 @@ def diversity(features: np.ndarray, classes: Sequence[str]) -> float:
 
     `features` is (n, d). A class with a single image counts as 0.
     """
-    features = features / np.linalg.norm(features, axis=1, keepdims=True)
+    features = _unit(features)
     names = np.asarray(classes)
     distances = []
     for name in sorted(set(classes)):
@@ -24,6 +25,32 @@ def diversity(features: np.ndarray, classes: Sequence[str]) -> float:
         squared_sum = float((members.sum(axis=0) ** 2).sum())
         distances.append(1 - (squared_sum - n) / (n * (n - 1)) if n > 1 else 0.0)
     return float(np.mean(distances))
+
+
+def nearest(
+    features: np.ndarray, among: np.ndarray, count: int, *, itself: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` rows of `among` that are most alike to each row of `features`, best first.
+
+    By cosine similarity; both are (n, d) and (m, d). Returns row numbers and similarities, both
+    (n, k) with k at most `count`. With `itself` the two are the same set, and no row is its own.
+    """
+    among = _unit(among)
+    count = min(count, len(among) - itself)
+    numbers = np.empty((len(features), count), dtype=np.int64)
+    values = np.empty((len(features), count))
+    for start in range(0, len(features), NEAREST_BLOCK):
+        rows = np.arange(start, min(start + NEAREST_BLOCK, len(features)))
+        similarity = _unit(features[rows]) @ among.T
+        if itself:
+            similarity[np.arange(len(rows)), rows] = -np.inf
+        best = np.argsort(-similarity, axis=1, kind="stable")[:, :count]
+        numbers[rows], values[rows] = best, np.take_along_axis(similarity, best, axis=1)
+    return numbers, values
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 def kernel_inception_distance(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Stage audit: what the synthetic set is like, beside the accuracy that comes of it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,17 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score
 
 from bob.cache.items import ItemCache
-from bob.formats.files import replacing, sha256, write_json
-from bob.formats.layout import AUDIT, BANK, GENERATE, SYNTHETIC_METRICS, TRAIN, VAL
+from bob.formats.files import replacing, sha256, write_json, write_jsonl
+from bob.formats.layout import (
+    AUDIT,
+    AUDITED,
+    BANK,
+    CLUSTERS,
+    GENERATE,
+    SYNTHETIC_METRICS,
+    TRAIN,
+    VAL,
+)
 from bob.formats.manifest import Generated, read_manifest
 from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, batches, open_image, read_photos, read_task
@@ -21,9 +31,10 @@ from bob.models import diffusion
 from bob.models.backbones import Backbone, open_backbone
 from bob.models.device import computing_device
 from bob.models.preprocessing import read_inputs
-from bob.models.similarity import diversity, kernel_inception_distance, subset_size
+from bob.models.similarity import diversity, kernel_inception_distance, nearest, subset_size
 from bob.stages.caption import accepted_answers, cached_ask
 
+ALIKE = 6  # generated images that are named as like a generated one
 SHEET_CLASSES, SHEET_REAL, SHEET_GENERATED, SHEET_CELL = 8, 4, 8, 96
 
 Pairs = list[tuple[str, Context]]
@@ -33,14 +44,49 @@ Clusters = dict[str, dict[str, int]]
 
 
 def run(params: Params) -> None:
-    """Write `metrics/synthetic.json` and the contact sheets in `results/audit`."""
+    """Write `metrics/synthetic.json` and, in `results/audit`, what it says of single images.
+
+    These are contact sheets; of every generated image which images are like it and, where the
+    captioner was asked, what it saw (`generated.jsonl`); and the clusters of the contexts' phrases
+    (`clusters.json`).
+    """
     task, generated = read_task(), read_manifest()
     photos, val = read_photos(TRAIN), read_photos(VAL)
-    metrics = {"images": len(generated), **context_metrics(task, generated, params)}
+    asked = first_of_each_class(generated, params.audit.captioned_per_class)
+    shown: list[Context | None] = []
+    if asked:
+        with ItemCache("audit") as cache:
+            shown = contexts_shown(asked, task, params, cache)
+    sets = context_sets(generated, asked, shown)
+    base_model = diffusion.load(Path(params.finetune.base_model), computing_device())
+    clusters = cluster_contexts(sets, len(sets["real"]), base_model)
+    metrics = {"images": len(generated), **context_metrics(sets, clusters)}
+    prompted = [
+        (image.context, seen)
+        for image, seen in zip(asked, shown, strict=True)
+        if image.context and seen
+    ]
+    if prompted:
+        metrics["obedience"] = context_obedience(prompted, clusters)
+    likenesses: list[dict[str, Any]] = []
     if generated:
-        metrics |= image_metrics(photos, val, generated, params)
+        real, synthetic = features_of(photos, val, generated, params)
+        metrics |= image_metrics(photos, generated, real, synthetic)
+        likenesses = likeness(photos, generated, real, synthetic)
     with replacing(AUDIT) as folder:
         write_contact_sheets(folder / "contact_sheets", task.classes, photos, generated)
+        write_json(folder / CLUSTERS.name, clusters)
+        seen_in = {
+            image.file: {"seen": asdict(seen) if seen else None}
+            for image, seen in zip(asked, shown, strict=True)
+        }
+        write_jsonl(
+            folder / AUDITED.name,
+            (
+                {"file_name": image.file, **like, **seen_in.get(image.file, {})}
+                for image, like in zip(generated, likenesses, strict=True)
+            ),
+        )
     write_json(SYNTHETIC_METRICS, _rounded(metrics))
     leakage = metrics["leakage"]
     print(
@@ -56,57 +102,59 @@ def run(params: Params) -> None:
     )
 
 
-def context_metrics(task: Task, generated: Sequence[Generated], params: Params) -> dict[str, Any]:
-    """`leakage` of context by set of images, and `obedience` to the prompts where it can be seen.
+def context_sets(
+    generated: Sequence[Generated], asked: Sequence[Generated], shown: Sequence[Context | None]
+) -> dict[str, Pairs]:
+    """Class and context of each image, by set: by the bank, by prompts, and by the captioner.
 
-    The sets are the real photos, by the bank; the generated images, by their prompts; and, where
-    the captioner is asked, what it sees in some of these.
+    `real` are the real photos, `generated` the generated images by their prompts, and `pictures`,
+    where the captioner was `asked`, what it was `shown` in some of these.
     """
-    real_pairs: Pairs = [(e.class_name, e.context) for e in read_bank(BANK) if e.context]
-    pairs = {
-        "real": real_pairs,
+    sets: dict[str, Pairs] = {
+        "real": [(e.class_name, e.context) for e in read_bank(BANK) if e.context],
         "generated": [(image.class_name, image.context) for image in generated if image.context],
     }
-    asked = first_of_each_class(generated, params.audit.captioned_per_class)
-    shown: list[Context | None] = []
     if asked:
-        with ItemCache("audit") as cache:
-            shown = contexts_shown(asked, task, params, cache)
-        pairs["pictures"] = [
+        sets["pictures"] = [
             (image.class_name, context)
             for image, context in zip(asked, shown, strict=True)
             if context
         ]
-    base_model = diffusion.load(Path(params.finetune.base_model), computing_device())
-    clusters = cluster_contexts(pairs, len(real_pairs), base_model)
-    metrics: dict[str, Any] = {
+    return sets
+
+
+def context_metrics(sets: Mapping[str, Pairs], clusters: Clusters) -> dict[str, Any]:
+    """`leakage` of context by set of images, and how many clusters of phrases it goes by."""
+    return {
         "leakage": {
-            **{name: context_leakage(members, clusters) for name, members in pairs.items()},
+            **{name: context_leakage(members, clusters) for name, members in sets.items()},
             "clusters": {name: len(set(numbers.values())) for name, numbers in clusters.items()},
         },
     }
-    prompted = [
-        (image.context, context)
-        for image, context in zip(asked, shown, strict=True)
-        if image.context and context
-    ]
-    if prompted:
-        metrics["obedience"] = context_obedience(prompted, clusters)
-    return metrics
 
 
-def image_metrics(
+def features_of(
     photos: Sequence[Photo], val: Sequence[Photo], generated: Sequence[Generated], params: Params
-) -> dict[str, Any]:
-    """`diversity` of the shots and of the generated images, and `kid` between real and generated.
-
-    All by the features of `audit.feature_model`; the photos of validation count for `kid` alone.
-    """
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of shots and validation photos, and of generated images, by audit.feature_model."""
     real, synthetic = _features(
         open_backbone(params.audit.feature_model),
         [photo.path for photo in (*photos, *val)],
         [GENERATE / image.file for image in generated],
     )
+    return real, synthetic
+
+
+def image_metrics(
+    photos: Sequence[Photo],
+    generated: Sequence[Generated],
+    real: np.ndarray,
+    synthetic: np.ndarray,
+) -> dict[str, Any]:
+    """`diversity` of the shots and of the generated images, and `kid` between real and generated.
+
+    `real` are features (n, d) of the shots, `photos`, and, for `kid` alone, those of validation.
+    """
     mean, std = kernel_inception_distance(real, synthetic)
     return {
         "diversity": {
@@ -115,6 +163,25 @@ def image_metrics(
         },
         "kid": {"mean": mean, "std": std, "subset_size": subset_size(real, synthetic)},
     }
+
+
+def likeness(
+    photos: Sequence[Photo],
+    generated: Sequence[Generated],
+    real: np.ndarray,
+    synthetic: np.ndarray,
+) -> list[dict[str, Any]]:
+    """Of each generated image the shot and the generated images that its features are most like."""
+    shots, similarities = nearest(synthetic, real[: len(photos)], 1)
+    alike, _ = nearest(synthetic, synthetic, ALIKE, itself=True)
+    return [
+        {
+            "shot": photos[shots[number, 0]].path,
+            "similarity": round(float(similarities[number, 0]), 4),  # cosine; beyond is rounding
+            "alike": [generated[other].file for other in alike[number]],
+        }
+        for number in range(len(generated))
+    ]
 
 
 def _rounded(value: Any) -> Any:

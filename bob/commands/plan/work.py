@@ -528,6 +528,12 @@ def _card(project: Project) -> Work:
     return Work("one page")
 
 
+def _report(project: Project) -> Work:
+    photos = project.photos
+    pictures = project.images + sum(map(len, (photos.train, photos.val, photos.test)))
+    return _looking(project, f"a page of {pictures:,} images", pictures, 64, 1)
+
+
 def _classifier(project: Project) -> networks.Classifier:
     return networks.Classifier(
         model_folder(project.params, "classify", "backbone"),
@@ -559,5 +565,6 @@ STAGES: Mapping[str, Callable[[Project], Work]] = {
     "export": _export,
     "benchmark": _benchmark,
     "card": _card,
+    "report": _report,
 }
 """In the order of the table."""
