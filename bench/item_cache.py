@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 from bob.cache.items import ItemCache
-from bob.cache.recipe import Maker, item_key
+from bob.cache.recipe import Maker
 from bob.cache.wanted import Wanted
 from bob.cache.work import Work
 from bob.formats.manifest import Generated

@@ -18,7 +18,6 @@ def recipe(number):
     return f"{number:064x}"
 
 
-
 def verdicts(*numbers, verdict=REJECT):
     return {recipe(one): Verdict(recipe(one), verdict, "Wren", "") for one in numbers}
 
