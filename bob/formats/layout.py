@@ -39,6 +39,7 @@ ONNX = EXPORT / "classifier.onnx"
 PREDICT = EXPORT / "predict.py"
 CARD = EXPORT / "README.md"
 BENCHMARK = Path("results/benchmark")
+REPORT = Path("results/report")
 
 ACCURACY_METRICS = Path("metrics/accuracy.json")
 SYNTHETIC_METRICS = Path("metrics/synthetic.json")
