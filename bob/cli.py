@@ -163,6 +163,27 @@ def plan(gpu: str | None, gpus: int | None, price: float | None) -> None:
 
 
 @cli.command()
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default="one that is free",
+    help="Of 127.0.0.1.",
+)
+@click.option("--no-browser", is_flag=True, help="Print the URL, and open no browser.")
+def look(port: int, no_browser: bool) -> None:
+    """Serve the report in a browser, to reject images and to edit captions.
+
+    Decisions are files of the project, in data/review and data/contexts; `dvc repro` acts on them.
+    Only who has the URL's token can see the page, and only on this machine.
+    """
+    _prepare_libraries()
+    from bob.commands.look import look as serve
+
+    serve(port, browser=not no_browser)
+
+
+@cli.command()
 @click.argument("stages", nargs=-1, metavar="[STAGE]...")
 def why(stages: tuple[str, ...]) -> None:
     """Say what makes stages run: the parameter, the file, the function.

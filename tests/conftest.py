@@ -49,7 +49,8 @@ def study_folder(workspace):
     for name in ("backbone", "base", "captioner"):
         (workspace / f"models/miniature-{name}").mkdir(parents=True)
         (workspace / f"models/miniature-{name}/weights").write_text(name)
-    (workspace / "data/contexts").mkdir(parents=True)
+    for name in ("contexts", "review"):
+        (workspace / "data" / name).mkdir(parents=True)
     (workspace / "bob").symlink_to(ROOT / "bob")
     plan._content.cache_clear()
     return workspace

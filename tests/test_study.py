@@ -27,6 +27,7 @@ from bob.commands.study.statistics import mean_interval, paired_interval, ratio_
 from bob.errors import BobError
 from bob.formats.files import write_jsonl
 from bob.formats.prompts import Context, Entry, read_bank
+from bob.formats.review import Verdict, decide
 from bob.miniature.world import BACKGROUNDS, POSES
 from tests.conftest import ROOT, told_of
 from tests.dvc_project import dvc, environment, made_log, make_project, run
@@ -127,6 +128,19 @@ def project(study_folder):
 
 def small():
     return plan.read_study(Path("small.yaml"))
+
+
+def test_runs_with_rejected_images_are_others_and_those_with_kept_ones_are_not(project):
+    def named():
+        plan._content.cache_clear()
+        return {run.name for run in small().runs()}
+
+    before, recipe = named(), "0" * 64
+    for word, others in (("keep", False), ("reject", True)):
+        decide({recipe: Verdict(recipe, word, "Wren", "a.png")}, Path("data/review/birds.jsonl"))
+        assert bool(named() - before) == others
+    decide({recipe: None}, Path("data/review/birds.jsonl"))
+    assert named() == before
 
 
 def test_settings_of_the_same_params_are_run_once(project):

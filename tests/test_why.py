@@ -122,6 +122,37 @@ def test_parameters_and_what_follows_from_them(project):
     assert why("split") == ["split: parameter data.shots is missing"]
 
 
+def test_the_files_of_a_folder_that_git_tracks_are_named(project):
+    """Against the version that the last run had, whichever commit that is."""
+    folder = project / "data/review"
+    folder.mkdir()
+    (project / ".dvcignore").write_text("/data/review/.*\n")
+    (folder / ".gitattributes").write_text("*.jsonl merge=union\n")
+    replace(project / "dvc.yaml", "data/birds]", "data/birds, data/review]")
+
+    def run():
+        with Repo() as repo:
+            repo.reproduce()
+
+    run()
+    assert why("split") == ["split: up to date"]
+    (folder / "mine.jsonl").write_text("1\n")  # nothing was there, which needs no git
+    assert why("split") == ["split: data/review: mine.jsonl added"]
+    run()
+    git(project, "add", "--all")
+    git(project, "commit", "--quiet", "--message", "mine")
+    (folder / "mine.jsonl").write_text("2\n")
+    (folder / "hers.jsonl").write_text("1\n")
+    assert why("split") == ["split: data/review: hers.jsonl added, mine.jsonl changed"]
+    git(project, "add", "--all")
+    git(project, "commit", "--quiet", "--message", "not run")
+    (folder / "mine.jsonl").unlink()
+    assert why("split") == ["split: data/review: hers.jsonl added, mine.jsonl removed"]
+    run()
+    (folder / "hers.jsonl").write_text("3\n")
+    assert why("split") == ["split: data/review changed"]  # what ran was not committed
+
+
 def test_upstream(project):
     replace(project / "params.yaml", "shots: 5", "shots: 6")
     replace(project / "params.yaml", "steps: 20", "steps: 25")

@@ -6,13 +6,16 @@ is compared with what dvc.lock recorded of the last run. Nothing is run.
 
 import ast
 import hashlib
+import io
+import itertools
 import json
 import subprocess
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import click
@@ -146,6 +149,9 @@ class Causes:
 
     def _of_files(self, dep: Dependency) -> str:
         old, new = self._forecast.recorded_files(dep), self._forecast.present_files(dep)
+        if old is None and dep.recorded.isdir:  # only git tracks it
+            versions = itertools.chain([{}], self._git.folders(dep.path))
+            old = self._forecast.recorded_among(dep, versions)
         if old is None or new is None:
             return f"{dep.path} changed"
         return f"{dep.path}: {listed(sorted(compare(old, new)))}"
@@ -228,6 +234,19 @@ class _History:
             )
         return self._found[path, md5]
 
+    def folders(self, path: str) -> Iterator[dict[str, str]]:
+        """The versions of a folder, file -> MD5 each."""
+        for commit in dict.fromkeys(self._commits(path)):
+            packed = self._run("archive", "--format=tar", commit, "--", f"./{path}")
+            if packed is None:  # it was not there
+                continue
+            with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+                yield {
+                    PurePosixPath(member.name).relative_to(path).as_posix(): _md5(archive, member)
+                    for member in archive.getmembers()
+                    if member.isfile()
+                }
+
     def _commits(self, path: str) -> Iterator[str]:
         """Where to look: what was committed together with dvc.lock is mostly what ran."""
         yield from self._lock_commit
@@ -246,6 +265,11 @@ class _History:
         except FileNotFoundError:  # no git on this machine
             return None
         return done.stdout if done.returncode == 0 else None
+
+
+def _md5(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    file = archive.extractfile(member)
+    return hashlib.md5(file.read() if file else b"", usedforsecurity=False).hexdigest()
 
 
 def module_changes(old: str, new: str) -> str:

@@ -3,6 +3,7 @@
 As far as it can be known: DVC decides stage by stage, after the stages before it have run.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,6 +190,27 @@ class Forecast:
             return _files(self._tree(dep.recorded))
         except (FileNotFoundError, ObjectFormatError):
             return None  # of a folder that only git tracks, DVC keeps no list of files
+
+    def recorded_among(
+        self, dep: Dependency, versions: Iterable[Mapping[str, str]]
+    ) -> dict[str, str] | None:
+        """That of these versions of a folder, file -> MD5 each, which the last run had, if any.
+
+        What .dvcignore leaves out is no file of it.
+        """
+        from dvc_data.hashfile.hash_info import HashInfo
+        from dvc_data.hashfile.tree import Tree
+
+        ignored = self._repository.dvcignore.is_ignored_file
+        for version in versions:
+            tree = Tree()
+            for name, md5 in version.items():
+                if not ignored(str(dep.file / name)):
+                    tree.add(tuple(name.split("/")), None, HashInfo("md5", md5))
+            tree.digest()
+            if tree.hash_info == dep.recorded:
+                return _files(tree)
+        return None
 
     def present_files(self, dep: Dependency) -> dict[str, str] | None:
         """File -> MD5 as they are; None where it is no folder."""

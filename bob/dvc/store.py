@@ -26,6 +26,11 @@ class ObjectStore(OnRepository):
         self._odb.makedirs(str(path))  # the cache's own, so that a shared one stays shared
         return path
 
+    @property
+    def root(self) -> Path:
+        """The folder of the objects."""
+        return Path(self._odb.path)
+
     def path(self, oid: str) -> Path:
         """Where an object lies, or would."""
         return Path(self._odb.oid_to_path(oid))

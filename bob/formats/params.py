@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from bob.errors import BobError
+from bob.formats.files import replacing_file
 
 PARAMS = Path("params.yaml")
 PIPELINE = Path("dvc.yaml")
@@ -63,6 +65,28 @@ def for_stage(stage: str) -> Params:
     """The validated parameters that `stage` declares in `dvc.yaml`, and no others."""
     declared = read_yaml(PIPELINE)["stages"][stage].get("params", [])
     return Params(select(load(), declared, stage), stage)
+
+
+def replace_text(section: str, key: str, new: str) -> None:
+    """Set a parameter that is a text, a plain one, in `params.yaml`; all else stays to the byte.
+
+    Raises BobError where the file is written in a way that this would not be safe in.
+    """
+    text = PARAMS.read_text(encoding="utf-8")
+    values = YAML().load(text)
+    old = str(values[section][key])
+    line, column = values[section].lc.value(key)
+    lines = text.splitlines(keepends=True)
+    quoted = re.compile(rf"([\"']?){re.escape(old)}\1(?=\s|$)")
+    found = quoted.match(lines[line], column)
+    if found:
+        lines[line] = lines[line][:column] + new + lines[line][found.end() :]
+    changed = "".join(lines)
+    values[section][key] = new
+    if YAML(typ="safe").load(changed) != values:
+        raise BobError(f"{PARAMS} cannot be changed safely; set {section}.{key} to {new} yourself")
+    with replacing_file(PARAMS) as draft:
+        draft.write_text(changed, encoding="utf-8")
 
 
 def select(values: Mapping[str, Any], keys: Iterable[str], stage: str) -> dict[str, Any]:

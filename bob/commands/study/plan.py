@@ -15,8 +15,9 @@ from bob.cache.recipe import bare
 from bob.commands.study.settings import Setting, nearest, overridden, read_settings
 from bob.errors import BobError
 from bob.formats.files import sha256
-from bob.formats.layout import CONTEXTS
+from bob.formats.layout import CONTEXTS, REVIEW
 from bob.formats.params import PARAMS, PIPELINE, check, read_yaml
+from bob.formats.review import rejected
 
 TARGETS = ("evaluate", "audit")  # the stages whose metrics a study reads
 # What takes the place of generate where the synthetic set is drawn by the true renderer.
@@ -376,6 +377,7 @@ def fingerprints(
     brought = sorted(dep for dep in deps if not any(_lies_in(dep, out) for out in made))
     code = {dep: _code(dep) for dep in brought if dep.startswith("bob/")}
     files = {dep: _content(dep) for dep in brought if not dep.startswith("bob/")}
+    files = {dep: content for dep, content in files.items() if content}
     read = {key: _value(values, key) for stage in needed.values() for key in stage["params"]}
     contexts = (values["caption"]["bank"], values["generate"]["context"])
     files_of_contexts = (name for name in contexts if name.startswith(f"{CONTEXTS}/"))
@@ -434,7 +436,11 @@ def _code(dep: str) -> str:
 @functools.cache
 def _content(dep: str) -> str:
     path = Path(dep)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if path == REVIEW:  # nothing where no image is rejected: it is the measurement that it was
+        return _short(rejections) if (rejections := sorted(rejected())) else ""
+    files = [path]
+    if path.is_dir():  # without what .dvcignore leaves out: locks and drafts
+        files = sorted(file for file in path.rglob("[!.]*") if file.is_file())
     return _short({file.as_posix(): sha256(file) for file in files if file.exists()})
 
 
