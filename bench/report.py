@@ -141,7 +141,7 @@ def main(images: int, classes: int) -> None:
         requests: list[str] = []
         page.on("request", lambda request: requests.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_function("document.querySelector('.card img')?.complete")
+        page.evaluate("document.querySelector('.card img').decode()")
         painted = page.evaluate("performance.now()") / 1000
         click.echo(
             f"first paint {first_paint(page):.2f} s, first picture by {painted:.2f} s, "

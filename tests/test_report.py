@@ -4,6 +4,8 @@ import csv
 import hashlib
 import json
 import re
+import socket
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from bench.report import CHROMIUM, chromium, write_report
 from bob.formats.files import read_jsonl
-from tests.dvc_project import TINY, dvc, make_project, run
+from tests.dvc_project import TINY, dvc, environment, make_project, run
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -37,7 +39,7 @@ def open_page(browser):
         page.on("console", lambda message: problems.append(message.text))
         page.on("dialog", lambda dialog: problems.append(dialog.message))
         page.on("request", lambda request: requests.append(request.url))
-        page.requests = requests
+        page.requests, page.problems = requests, problems
         page.goto(address)
         page.wait_for_selector("#tabs button")
         pages.append(page)
@@ -136,7 +138,7 @@ def test_of_twenty_thousand_images_only_those_in_view_are_loaded(open_page, tmp_
     assert 0 < cards < 150
     assert len(page.requests) == cards + 1
     page.evaluate("document.querySelector('.scroll').scrollTop = 1e5")
-    page.wait_for_function(f"Number(document.querySelector('.card').dataset.place) > {cards}")
+    page.wait_for_selector('.card[data-place="0"]', state="detached")
     assert page.locator(".card").count() < 150
     assert len(page.requests) < 300
     assert all(url.startswith("file://") for url in page.requests)
@@ -261,3 +263,158 @@ def test_without_generated_images_there_is_a_report_too(tmp_path):
     data = data_of(project)
     assert set(data["entries"]["kind"]) == {1, 2, 3}
     assert Path(project / "results/audit/generated.jsonl").read_text() == ""
+
+
+# --- the same page, served by `bob look` --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def port():
+    """One for all servers, because what is pending is kept by a browser for one address."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def serve(project, port):
+    """Starts `bob look`; returns the process and the address that it tells."""
+    servers = []
+
+    def start():
+        command = ["python", "-m", "bob", "look", "--no-browser", "--port", str(port)]
+        server = subprocess.Popen(
+            command, cwd=project, env=environment(project), stdout=subprocess.PIPE, text=True
+        )
+        servers.append(server)
+        (address,) = re.findall(r"http://\S+", server.stdout.readline())
+        return server, address
+
+    yield start
+    for server in servers:
+        server.kill()
+        server.wait()
+    run(project, "git", "checkout", "--quiet", "params.yaml")
+    for path in (project / "data").glob("*/miniature.jsonl"):
+        path.unlink()
+
+
+def verdicts(project):
+    path = project / "data/review/miniature.jsonl"
+    return {row["file"]: row["verdict"] for row in read_jsonl(path)} if path.exists() else {}
+
+
+def pending(page):
+    """What is pending, after its cost was told."""
+    page.wait_for_selector("#costs li")
+    return page.locator("#pending").inner_text(), page.locator("#costs").inner_text()
+
+
+def save(page):
+    page.get_by_role("button", name="Save").click()
+    return page.locator("#saved").inner_text()
+
+
+@pytest.mark.slow
+def test_what_is_filtered_is_rejected_by_keyboard_and_replaced(project, serve, open_page):
+    first = data_of(project)["classes"][0]
+    rejected = [
+        row["file_name"]
+        for row in read_jsonl(project / "results/generate/metadata.jsonl")
+        if row["class"] == first
+    ]
+    _, address = serve()
+    page = open_page(address)
+    choose(page, "class", first)
+    page.locator(".grid").click(position={"x": 1, "y": 1}, force=True)
+    page.keyboard.press("Shift+X")
+    assert pending(page)[0] == "2 rejected"
+    page.keyboard.press("u")
+    page.wait_for_selector("#decisions", state="hidden")
+    assert page.locator(".card.reject").count() == 0
+    page.locator("#reject-all").click()
+    assert "rejecting 2: 2 new images" in pending(page)[1]
+    assert verdicts(project) == {}
+    other = open_page(address)
+    assert "data/review/miniature.jsonl" in save(page)
+    assert verdicts(project) == dict.fromkeys(rejected, "reject")
+    other.wait_for_selector(".card.reject")  # whoever looks at the same time sees it
+
+    output = dvc(project, "repro", "report")
+    assert "2 rejected by data/review" in output
+    page.reload()
+    choose(page, "kind", "generated")  # no more
+    choose(page, "kind", "rejected")
+    assert sorted(page.locator(".card").evaluate_all("all => all.map(c => c.dataset.key)")) == [
+        row["recipe"] for row in read_jsonl(project / "data/review/miniature.jsonl")
+    ]
+    # Their pictures come from the item cache; one that does not come fails this.
+    page.evaluate("Promise.all([...document.querySelectorAll('.card img')].map(i => i.decode()))")
+    page.locator(".card").first.click()
+    for _ in rejected:
+        page.keyboard.press("x")  # which takes it back
+    assert pending(page)[0] == "2 taken back"
+    save(page)
+    assert verdicts(project) == {}
+    dvc(project, "repro", "report")
+    assert run(project, "git", "status", "--porcelain", "data", "params.yaml") == ""
+
+
+@pytest.mark.slow
+def test_what_is_pending_outlives_a_server_that_is_killed(project, serve, browser):
+    context = browser.new_context()
+    server, address = serve()
+    page = context.new_page()
+    page.goto(address)
+    page.locator(".card").first.click()
+    page.keyboard.press("x")
+    assert pending(page)[0] == "1 rejected"
+    save(page)
+    page.keyboard.press("x")
+    assert pending(page)[0] == "1 rejected"
+    server.kill()
+    server.wait()
+    page.wait_for_selector("[role=alert]")
+    assert "does not answer" in page.locator("[role=alert]").inner_text()
+    assert len(verdicts(project)) == 1
+    _, address = serve()
+    page.goto(address)
+    assert pending(page)[0] == "1 rejected"
+    save(page)
+    assert len(verdicts(project)) == 2
+    context.close()
+
+
+@pytest.mark.slow
+def test_a_caption_is_corrected_in_place(project, serve, open_page):
+    _, address = serve()
+    page = open_page(address)
+    choose(page, "kind", "generated")
+    choose(page, "kind", "shot")
+    page.locator(".card").first.click()
+    page.get_by_label("background").last.fill("hangar of glass")
+    page.get_by_label("background").last.press("Tab")
+    told = pending(page)
+    assert told[0] == "1 caption" and "fine-tuning" in told[1]
+    assert "data/contexts/miniature.jsonl" in save(page)
+    rows = read_jsonl(project / "data/contexts/miniature.jsonl")
+    key = page.locator('.card[aria-selected="true"]').get_attribute("data-key")
+    assert [row["image"] for row in rows if row["background"] == "hangar of glass"] == [key]
+    assert "bank: data/contexts/miniature.jsonl" in (project / "params.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_the_classifier_is_tried_on_a_photo(project, serve, open_page):
+    _, address = serve()
+    page = open_page(address)
+    page.get_by_role("tab", name="Try").click()
+    photo = sorted((project / "results/split/test").rglob("*.png"))[0]
+    page.set_input_files("input[type=file]", photo)
+    page.wait_for_selector("#answer .says")
+    command = ("python", "-m", "bob", "predict", "--format", "csv", "--top", "1")
+    (row,) = csv.DictReader(run(project, *command, str(photo)).splitlines())
+    assert page.locator("#answer .says .wanted").inner_text() == row["class"]
+    assert page.locator("#answer .shots img").count() > 0
+    page.set_input_files("input[type=file]", project / "params.yaml")
+    page.wait_for_selector("#answer [role=alert]")
+    assert ["400" in problem for problem in page.problems] == [True]  # the browser's own word
+    page.problems.clear()
