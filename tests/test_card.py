@@ -2,22 +2,29 @@
 
 import copy
 import csv
+import functools
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.report import CHROMIUM, chromium
 from bob.errors import BobError
 from bob.formats import layout, params
 from bob.formats.files import read_json, sha256, write_json
 from bob.formats.params import Params
+from bob.models import predictor
 from bob.stages import benchmark, card, classify, evaluate, export
 from tests.conftest import ROOT
 from tests.tiny_project import CLASSES, classify_params, draw, make_project
@@ -265,3 +272,57 @@ def test_its_programs_have_the_numbers_of_this_classifier(project: Path) -> None
     assert "[1, 3, 32, 32]" in javascript and f"mean = [{mean}]" in javascript
     assert '["Blue Disc", "Green Bar", "Red Square"]' in javascript
     assert not re.search(r"\$\w", cpp + javascript)
+
+
+WEB_RUNTIME = "onnxruntime-web@1.30.0"
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address at which the files of a folder are served."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian: chromium)")
+def test_its_javascript_names_the_class_in_a_browser(project: Path, tmp_path: Path) -> None:
+    fetched = subprocess.run(
+        ["npm", "pack", "--silent", WEB_RUNTIME] if shutil.which("npm") else ["false"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    if fetched.returncode:
+        pytest.skip(f"{WEB_RUNTIME} cannot be fetched by npm")
+    shutil.unpack_archive(tmp_path / fetched.stdout.strip(), tmp_path, "gztar", filter="data")
+    for name in ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"):
+        shutil.copy(tmp_path / "package/dist" / name, layout.EXPORT)
+
+    classifier = predictor.Classifier(str(layout.ONNX))
+    draw("Red Square", 1).save(layout.EXPORT / "photo.png")
+    photo = predictor.open_photo(layout.EXPORT / "photo.png")
+    pixels = predictor.resize_and_crop(photo, classifier.preprocessing)
+    (layout.EXPORT / "photo.rgb").write_bytes(pixels.tobytes())
+    (told,) = classifier.predict([str(layout.EXPORT / "photo.png")], top=1)
+
+    (code,) = programs("js")
+    in_a_browser = {
+        'import { readFileSync } from "node:fs";\n': "",
+        '"onnxruntime-node"': '"./ort.wasm.min.mjs"',
+        'readFileSync("photo.rgb")': 'new Uint8Array(await (await fetch("photo.rgb")).bytes())',
+    }
+    for old, new in in_a_browser.items():
+        assert old in code
+        code = code.replace(old, new)
+    (layout.EXPORT / "index.html").write_text(
+        f'<link rel="icon" href="data:,"><script type="module">{code}</script>'
+    )
+    with served(layout.EXPORT) as address, chromium() as browser:
+        page = browser.new_page()
+        with page.expect_console_message() as said:
+            page.goto(address)
+        assert said.value.text == told.top[0][0]

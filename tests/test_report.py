@@ -286,6 +286,7 @@ def serve(project, port):
             command, cwd=project, env=environment(project), stdout=subprocess.PIPE, text=True
         )
         servers.append(server)
+        assert server.stdout
         (address,) = re.findall(r"http://\S+", server.stdout.readline())
         return server, address
 

@@ -101,6 +101,7 @@ const gallery = {
     }
     const key = SORTS[this.sort][1];
     if (key) shown.sort((a, b) => key(a) - key(b) || a - b);
+    const same = shown.length === this.shown.length && shown.every((i, place) => i === this.shown[place]);
     this.shown = shown;
     const at = shown.indexOf(selected);
     this.at = at >= 0 ? at : Math.min(this.at, Math.max(0, shown.length - 1));
@@ -108,7 +109,7 @@ const gallery = {
     this.drawBar();
     this.warning.hidden = this.sort !== 'doubt';
     this.warning.replaceChildren(h('p', {}, DOUBT));
-    this.grid.replaceChildren();
+    if (!same) this.grid.replaceChildren();
     this.draw();
     this.drawDetail();
   },
@@ -206,17 +207,17 @@ const gallery = {
       card.style.left = `${(place % columns) * side}px`;
       card.style.top = `${Math.floor(place / columns) * height}px`;
       card.setAttribute('aria-selected', place === this.at);
+      card.className = `card ${decisions.verdict(this.shown[place]) ?? ''}`;
     }
   },
 
   card(place) {
     const i = this.shown[place];
-    const verdict = decisions.verdict(i);
     const bar = h('i');
     bar.style.width = `${100 * (doubt(i) ?? 0)}%`;
     const kind = entries.kind[i] === GENERATED ? null : h('span', { class: 'badge' }, KINDS[entries.kind[i]]);
     return h('button', {
-      class: `card ${verdict ?? ''}`, role: 'option', 'data-place': place, 'data-key': entries.key[i], tabindex: -1,
+      role: 'option', 'data-place': place, 'data-key': entries.key[i], tabindex: -1,
       title: `${className(i)}${entries.doubt[i] == null ? '' : `, doubt ${percent(doubt(i))}`}`,
       click: () => { this.detail = true; this.select(place); },
     },
@@ -236,15 +237,11 @@ const gallery = {
     this.drawDetail();
   },
 
-  /** After verdicts have changed: counts, marks and the panel, but not what is shown or its order. */
+  /** After verdicts have changed. */
   decided() {
+    if (!this.root?.isConnected) return; // another tab is open
     encode(FACETS.find(({ id }) => id === 'verdict'));
-    if (this.chosen.get('verdict')?.size) return this.update();
-    for (const card of this.grid.children) {
-      card.className = `card ${decisions.verdict(this.shown[card.dataset.place]) ?? ''}`;
-    }
-    this.drawBar();
-    this.drawDetail();
+    this.update();
   },
 
   drawDetail() {
