@@ -105,6 +105,26 @@ def test_a_stage_sees_the_parameters_it_declares_and_no_others(project):
         _ = generate.finetune.rank
 
 
+@pytest.mark.parametrize("written", ["captioner", '"captioner"', "'captioner'"])
+def test_a_text_is_replaced_and_nothing_else_of_the_file(project, written):
+    path = project / "params.yaml"
+    text = path.read_text().replace("bank: captioner #", f"bank: {written} # \u00e4,")
+    path.write_text(text)
+    params.replace_text("caption", "bank", "data/contexts/a.jsonl")
+    assert path.read_text() == text.replace(f"bank: {written} #", "bank: data/contexts/a.jsonl #")
+    assert params.load()["caption"]["bank"] == "data/contexts/a.jsonl"
+
+
+@pytest.mark.parametrize("written", [">-\n    captioner", "&name captioner", "!!str captioner"])
+def test_a_text_that_cannot_be_replaced_safely_is_let_be(project, written):
+    path = project / "params.yaml"
+    text = path.read_text().replace("bank: captioner #", f"bank: {written}\n  #")
+    path.write_text(text)
+    with pytest.raises(BobError, match=r"set caption\.bank to data/contexts/a\.jsonl yourself"):
+        params.replace_text("caption", "bank", "data/contexts/a.jsonl")
+    assert path.read_text() == text
+
+
 def test_the_command_line_ends_with_one_line_and_status_1(project):
     change(project, "data", "shots", "five")
     result = subprocess.run(

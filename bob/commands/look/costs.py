@@ -7,7 +7,8 @@ verdicts too.
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from bob.cache.executors.chosen import executor
 from bob.cache.items import tree_hash
@@ -39,6 +40,8 @@ from bob.stages.finetune import training_captions
 
 Verdicts = Mapping[str, Verdict | None]
 
+_hashes: dict[str, str] = {}  # object -> SHA-256: thousands of images are not read at each question
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -49,10 +52,10 @@ class Outcome:
     trains_lora: bool
     images: Sequence[Generated] | None
     """None where the LoRA is not there yet, by which images are known."""
-    missing: Sequence[Generated]
+    missing: Sequence[Generated] = ()
     """Those of the images that are to be made."""
-    classifiers: Sequence[tuple[str, int]]
-    """(Variant, seed) of those that are to be trained."""
+    known: Mapping[str, str] = field(default_factory=dict)
+    """Recipe -> object of the other images."""
 
 
 def cost(changes: Changes, verdicts: Verdicts) -> list[str]:
@@ -71,6 +74,8 @@ def cost(changes: Changes, verdicts: Verdicts) -> list[str]:
 
 
 def _lines(project: Project, machine: Machine, changes: Changes, verdicts: Verdicts) -> list[str]:
+    if not project.photos.known:
+        return ["what it costs is known when the photos are drawn: `dvc repro split`"]
     saved = read_verdicts()
     before = middle = _as_it_is(project, rejections(saved.values()))
     lines = []
@@ -91,24 +96,15 @@ def _lines(project: Project, machine: Machine, changes: Changes, verdicts: Verdi
 def _as_it_is(project: Project, rejected: Collection[str]) -> Outcome:
     """Without a decision: nothing is made by a stage that will not run."""
     outcome = _outcome(project, _bank(project), rejected)
-    forecast = project.forecast
-    idle = forecast.states["classify"] in (UP_TO_DATE, RESTORED)
-    return Outcome(
-        outcome.bank,
-        outcome.trains_lora and forecast.files(layout.LORA) is None,
-        outcome.images,
-        outcome.missing if forecast.file(layout.GENERATED) is None else [],
-        [] if idle else outcome.classifiers,
-    )
+    idle = project.forecast.file(layout.GENERATED) is not None
+    return replace(outcome, missing=()) if idle else outcome
 
 
 def _bank(project: Project) -> Sequence[Entry] | None:
     """The captions of the shots as they are or will be; None where they are to be made."""
     source, photos = project.params.caption.bank, project.photos
-    if not photos.known:
-        return None
     if source != captions.CAPTIONER:
-        return entries_of(photos.train, layout.CONTEXTS / source.rpartition("/")[2])
+        return entries_of(photos.train, Path(source))
     path = project.forecast.file(layout.BANK)
     return None if path is None else read_bank(path)
 
@@ -123,12 +119,11 @@ def _edited(project: Project, changes: Changes) -> Sequence[Entry]:
 def _outcome(project: Project, bank: Sequence[Entry] | None, rejected: Collection[str]) -> Outcome:
     lora = None if bank is None else _lora(project, bank)
     if bank is None or lora is None:
-        return Outcome(bank, True, None, (), missing_classifiers(project, None)[0])
+        return Outcome(bank, True, None)
     images, wanted = planned_images(project, bank, lora, rejected)
     known = project.cache.known(wanted)
     missing = [image for image in images if image.recipe not in known]
-    synthetic = None if missing else _labelled(project, images, known)
-    return Outcome(bank, False, images, missing, missing_classifiers(project, synthetic)[0])
+    return Outcome(bank, False, images, missing, known)
 
 
 def _lora(project: Project, bank: Sequence[Entry]) -> str | None:
@@ -146,18 +141,34 @@ def _lora(project: Project, bank: Sequence[Entry]) -> str | None:
     return tree_hash({LORA_FILE: oid}) if oid else None
 
 
-def _labelled(
-    project: Project, images: Sequence[Generated], known: Mapping[str, str]
-) -> Labelled | None:
-    """The set of these images, by their objects; None where one lies at a remote alone."""
-    oids, classes = [known[image.recipe] for image in images], project.photos.task.classes
-    if not all(map(project.cache.exists, oids)):
+def _retrained(project: Project, before: Outcome, after: Outcome) -> list[tuple[str, int]]:
+    """(Variant, seed) of the classifiers that the second outcome trains and the first does not."""
+    if before.images is not None and before.images == after.images:
+        return []
+    trained = set()
+    if project.forecast.states["classify"] not in (UP_TO_DATE, RESTORED):
+        trained = set(missing_classifiers(project, _labelled(project, before))[0])
+    new, _ = missing_classifiers(project, _labelled(project, after))
+    return [one for one in new if one not in trained]
+
+
+def _labelled(project: Project, outcome: Outcome) -> Labelled | None:
+    """The set of images, by their objects; None where one is not here to be read."""
+    images, classes = outcome.images or (), project.photos.task.classes
+    oids = [outcome.known.get(image.recipe) for image in images]
+    if outcome.images is None or not all(oid and project.cache.exists(oid) for oid in oids):
         return None
     return Labelled(
         tuple(layout.GENERATE / image.file for image in images),
-        tuple(hashlib.sha256(project.cache.read(oid)).hexdigest() for oid in oids),
+        tuple(_sha256(project, oid) for oid in oids if oid),
         tuple(classes.index(image.class_name) for image in images),
     )
+
+
+def _sha256(project: Project, oid: str) -> str:
+    if oid not in _hashes:
+        _hashes[oid] = hashlib.sha256(project.cache.read(oid)).hexdigest()
+    return _hashes[oid]
 
 
 # --- in words ------------------------------------------------------------------------------------
@@ -217,8 +228,7 @@ def _made(project: Project, machine: Machine, before: Outcome, after: Outcome) -
 def _later(project: Project, machine: Machine, before: Outcome, after: Outcome) -> list[str]:
     """What follows for the stages after generate."""
     lines = []
-    retrained = [one for one in after.classifiers if one not in before.classifiers]
-    if retrained:
+    if retrained := _retrained(project, before, after):
         seconds = training_work(project, retrained, True).seconds(machine.gpu, machine.count)
         many = "classifier is" if len(retrained) == 1 else "classifiers are"
         lines.append(f"then {len(retrained):,} {many} trained again, {_about(seconds, machine)}")
