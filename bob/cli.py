@@ -166,12 +166,10 @@ def plan(gpu: str | None, gpus: int | None, price: float | None) -> None:
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
-    default=0,
-    show_default="one that is free",
-    help="Of 127.0.0.1.",
+    help="Of 127.0.0.1.  [default: 8717, or one that is free]",
 )
 @click.option("--no-browser", is_flag=True, help="Print the URL, and open no browser.")
-def look(port: int, no_browser: bool) -> None:
+def look(port: int | None, no_browser: bool) -> None:
     """Serve the report in a browser, to reject images and to edit captions.
 
     Decisions are files of the project, in data/review and data/contexts; `dvc repro` acts on them.

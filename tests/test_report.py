@@ -41,7 +41,7 @@ def open_page(browser):
         page.on("request", lambda request: requests.append(request.url))
         page.requests, page.problems = requests, problems
         page.goto(address)
-        page.wait_for_selector("#tabs button")
+        page.wait_for_selector("#shown")
         pages.append(page)
         return page
 
@@ -343,6 +343,7 @@ def test_what_is_filtered_is_rejected_by_keyboard_and_replaced(project, serve, o
     output = dvc(project, "repro", "report")
     assert "2 rejected by data/review" in output
     page.reload()
+    page.wait_for_selector("#shown")
     choose(page, "kind", "generated")  # no more
     choose(page, "kind", "rejected")
     assert sorted(page.locator(".card").evaluate_all("all => all.map(c => c.dataset.key)")) == [

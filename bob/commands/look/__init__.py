@@ -13,12 +13,15 @@ from bob.commands.look.pages import INDEX
 from bob.errors import BobError
 
 HOST = "127.0.0.1"
+# The same each time, because a browser keeps what is pending for the address of a page.
+PORT = 8717
 SECONDS_TO_END = 2  # for requests that are being answered
 
 
-def look(port: int = 0, *, browser: bool = True) -> None:
-    """Serve the report of the current folder until interrupted; 0 is a port that is free.
+def look(port: int | None = None, *, browser: bool = True) -> None:
+    """Serve the report of the current folder until interrupted.
 
+    At `port`, where 0 is any that is free; by default at PORT, or where that is taken at any.
     Raises BobError where there is no report, no DVC repository, or the port is taken.
     """
     # Late: `bob --help` needs none of it.
@@ -51,7 +54,11 @@ def look(port: int = 0, *, browser: bool = True) -> None:
             server.run(sockets=[listener])
 
 
-def _listening(port: int) -> socket.socket:
+def _listening(port: int | None) -> socket.socket:
+    if port is None:
+        with suppress(OSError):
+            return socket.create_server((HOST, PORT))
+        port = 0
     try:
         return socket.create_server((HOST, port))
     except (OSError, OverflowError) as error:
