@@ -37,6 +37,8 @@ AUDIT = Path("results/audit")
 EXPORT = Path("results/export")
 ONNX = EXPORT / "classifier.onnx"
 PREDICT = EXPORT / "predict.py"
+REDUCED = EXPORT / "reduced"  # the same classifier in fewer bits
+PRECISION_CHECKS = REDUCED / "checks.json"
 CARD = EXPORT / "README.md"
 BENCHMARK = Path("results/benchmark")
 
@@ -47,3 +49,8 @@ ONNX_METRICS = Path("metrics/onnx.json")
 # Where a user's own files of contexts live. One fixed folder, because DVC has to know of it before
 # it knows what `generate.context` says.
 CONTEXTS = Path("data/contexts")
+
+
+def reduced_onnx(precision: str) -> Path:
+    """The classifier in `precision`, fp16 or int8; it is there where it survived."""
+    return REDUCED / f"classifier.{precision}.onnx"
