@@ -46,7 +46,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         classify.run(classify_params(epochs=2, learning_rate=3e-4))  # not always right
         evaluate.run(Params({}, "evaluate"))
-        export.run(Params({}, "export"))
+        export.run(Params({"export": {"precisions": ["fp32", "fp16", "int8"]}}, "export"))
         settings = {"benchmark": {"batch_sizes": [1, 4], "repeats": 3}}
         benchmark.run(Params(settings, "benchmark"))
     finally:

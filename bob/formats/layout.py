@@ -37,6 +37,7 @@ AUDIT = Path("results/audit")
 EXPORT = Path("results/export")
 ONNX = EXPORT / "classifier.onnx"
 PREDICT = EXPORT / "predict.py"
+PRECISIONS = ("fp16", "int8")  # beside fp32
 REDUCED = EXPORT / "reduced"  # the same classifier in fewer bits
 PRECISION_CHECKS = REDUCED / "checks.json"
 CARD = EXPORT / "README.md"
@@ -52,5 +53,5 @@ CONTEXTS = Path("data/contexts")
 
 
 def reduced_onnx(precision: str) -> Path:
-    """The classifier in `precision`, fp16 or int8; it is there where it survived."""
+    """The classifier in one of PRECISIONS; it is there where it survived."""
     return REDUCED / f"classifier.{precision}.onnx"

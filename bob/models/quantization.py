@@ -26,6 +26,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import Tensor
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class Check:
 def reduce(
     precision: str, source: Path, target: Path, calibration: Tensor, inputs: Tensor, labels: Tensor
 ) -> Check:
-    """Write the fp32 file `source` in `precision`, a key of CONVERSIONS, to `target`, and check it.
+    """Write the fp32 file `source` in `precision`, fp16 or int8, to `target`, and check it.
 
     `calibration` and `inputs` are float32 [N, 3, H, W], `labels` int64 [N], of `inputs`. A file
     that does not survive the check is removed.
@@ -137,6 +138,8 @@ def to_fp16(source: Path, target: Path, calibration: Tensor) -> None:
             f"an activation reaches {largest:.3g}, and float16 ends at {LARGEST_FP16:.0f}"
         )
     proto = convert_float_to_float16(onnx.load(source), keep_io_types=True)
+    # It appends the casts of the input to the nodes; ONNX wants each before its use.
+    OnnxModel.graph_topological_sort(proto.graph)
     target.write_bytes(proto.SerializeToString(deterministic=True))
 
 
@@ -186,6 +189,11 @@ def to_int8(source: Path, target: Path, calibration: Tensor) -> None:
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
         )
     proto = onnx.load(target)
+    # Of the many that ONNX Runtime lists, those in use: others need not know the rest.
+    used = {node.domain for node in proto.graph.node}
+    imports = [entry for entry in proto.opset_import if entry.domain in used]
+    del proto.opset_import[:]
+    proto.opset_import.extend(imports)
     kept = {prop.key: prop.value for prop in onnx.load(source).metadata_props}
     onnx.helper.set_model_props(proto, kept)
     target.write_bytes(proto.SerializeToString(deterministic=True))

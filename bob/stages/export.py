@@ -32,7 +32,7 @@ from bob.models import predictor
 from bob.models.backbones import predict
 from bob.models.classifiers import REAL_AND_SYNTHETIC, Trained, load_classifier, read_trained
 from bob.models.preprocessing import read_inputs
-from bob.models.quantization import CALIBRATED, CONVERSIONS, Check, reduce, spread
+from bob.models.quantization import CALIBRATED, Check, reduce, spread
 
 TOLERANCE = 1e-3  # of a logit
 CHECKED_PHOTOS = 8
@@ -73,7 +73,7 @@ def write_reduced(precisions: Sequence[str], trained: Trained) -> dict[str, Chec
     """
     train, val = read_photos(layout.TRAIN), read_photos(layout.VAL)
     photos = val or train
-    wanted = [precision for precision in CONVERSIONS if precision in precisions]
+    wanted = [precision for precision in layout.PRECISIONS if precision in precisions]
     checks = {}
     with replacing(layout.REDUCED) as folder:
         if wanted:
@@ -82,9 +82,7 @@ def write_reduced(precisions: Sequence[str], trained: Trained) -> dict[str, Chec
             labels = torch.tensor([trained.classes.index(photo.class_name) for photo in photos])
         for precision in wanted:
             target = folder / layout.reduced_onnx(precision).name
-            checks[precision] = reduce(
-                precision, layout.ONNX, target, calibration, inputs, labels
-            )
+            checks[precision] = reduce(precision, layout.ONNX, target, calibration, inputs, labels)
         write_json(
             folder / layout.PRECISION_CHECKS.name,
             {precision: asdict(check) for precision, check in checks.items()},
