@@ -133,6 +133,26 @@ def test_data_settings_and_latency_are_those_of_the_run(project: Path) -> None:
     assert sha256(layout.ONNX) in layout.CARD.read_text()
 
 
+def test_each_precision_has_its_file_and_what_was_measured_of_it(project: Path) -> None:
+    onnx = read_json(layout.ONNX_METRICS)
+    of = {"fp32": onnx, "fp16": onnx["fp16"], "int8": onnx["int8"]}
+    for row, (precision, values) in zip(table("Precisions"), of.items(), strict=True):
+        name, file, size, top1, *rates = row
+        assert name == precision and (layout.EXPORT / file.strip("`")).is_file()
+        assert (size, top1) == (str(values["model_mb"]), f"{values['top1']} %")
+        assert rates == [str(values[f"batch_{n}"]["images_per_second"]) for n in (1, 4)]
+
+    onnx["int8"] = {"survived": False, "agreement": 40.0}
+    write_json(layout.ONNX_METRICS, onnx)
+    card.run(card_params())
+    assert table("Precisions")[2] == ["int8", "none: does not survive", *[""] * 4]
+    for precision in layout.PRECISIONS:
+        del onnx[precision]
+    write_json(layout.ONNX_METRICS, onnx)
+    card.run(card_params())
+    assert "Precisions" not in layout.CARD.read_text()
+
+
 def test_a_setting_that_the_stage_does_not_declare_is_not_told() -> None:
     declared = params.read_yaml(ROOT / "dvc.yaml")["stages"]["card"]["params"]
     values = params.select(params.read_yaml(ROOT / "params.yaml"), declared, "card")

@@ -234,8 +234,8 @@ def _precisions(onnx: dict[str, Any]) -> list[str]:
         f"""## Precisions
 
 The same classifier in fewer bits, used in the same way: `predict.py --model FILE`. Top-1 is on the
-test photos, images/s on the machine above. int8 was calibrated on training images. fp16 is for GPUs:
-a CPU computes most of it in float32.
+test photos, images/s on the machine above. int8 was calibrated on training images. fp16 is for
+GPUs: a CPU computes most of it in float32.
 
 {_table(header, rows)}
 """
