@@ -58,7 +58,7 @@ def networks(repeats: int) -> None:
             files = {"fp32": Path(folder) / "fp32.onnx"}
             trained = Trained("bird", CLASSES, PREPROCESSING, (0,), {})
             export.write_onnx(model, trained, files["fp32"])
-            for precision, convert in CONVERSIONS.items():
+            for precision, (convert, *_) in CONVERSIONS.items():
                 files[precision] = Path(folder) / f"{precision}.onnx"
                 convert(files["fp32"], files[precision], images[:16])
             measure(name, model, files, images, repeats)

@@ -9,6 +9,7 @@ have on calibration images.
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,10 +34,9 @@ T = TypeVar("T")
 
 CALIBRATED = 64  # images of each kind, photos and synthetic
 BATCH = 8
-FIRST = 2  # convolutions that stay in float32
 LARGEST_FP16 = float(np.finfo(np.float16).max)
 MAX_DROP = 0.005  # of top-1; one photo is always allowed
-MAX_DIFFERENT = 0.1  # of the classes named; likewise
+MAX_DIFFERENT = 0.04  # of the classes named; likewise
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 # Between the convolutions of a network these keep int8 going; without them it would go to float32
@@ -71,17 +71,20 @@ def reduce(
 ) -> Check:
     """Write the fp32 file `source` in `precision`, fp16 or int8, to `target`, and check it.
 
-    `calibration` and `inputs` are float32 [N, 3, H, W], `labels` int64 [N], of `inputs`. A file
-    that does not survive the check is removed.
+    `calibration` and `inputs` are float32 [N, 3, H, W], `labels` int64 [N], of `inputs`. The first
+    of its conversions that survives the check is kept; where none does, there is no file.
     """
-    try:
-        CONVERSIONS[precision](source, target, calibration)
-        check = compare(logits_of(target, inputs), logits_of(source, inputs), labels.numpy())
-    except DoesNotFitError as error:
-        check = Check(False, str(error))
-    except Exception as error:  # a network may have what the tools cannot take; each raises its own
-        check = Check(False, f"ONNX Runtime fails: {' '.join(str(error).split())}")
-    if not check.survived:
+    expected = logits_of(source, inputs)
+    for convert in CONVERSIONS[precision]:
+        try:
+            convert(source, target, calibration)
+            check = compare(logits_of(target, inputs), expected, labels.numpy())
+        except DoesNotFitError as error:
+            check = Check(False, str(error))
+        except Exception as error:  # each tool raises its own, where it cannot take a network
+            check = Check(False, f"ONNX Runtime fails: {' '.join(str(error).split())}")
+        if check.survived:
+            return check
         target.unlink(missing_ok=True)
     return check
 
@@ -159,13 +162,17 @@ def largest_activation(source: Path, images: Tensor) -> float:
         return max(float(np.abs(bounds.range_value).max()) for bounds in ranges.values())
 
 
-def to_int8(source: Path, target: Path, calibration: Tensor) -> None:
-    """Write `source` quantized, its activations' ranges those on the calibration images."""
+def to_int8(source: Path, target: Path, calibration: Tensor, first: int = 0) -> None:
+    """Write `source` quantized, its activations' ranges those on the calibration images.
+
+    The `first` convolutions stay in float32: their rounding goes through all the others.
+    """
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         # The shape inference of onnx suffices; the symbolic one is of no more use here.
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared).graph
+        convolutions = [node.name for node in graph.node if node.op_type == "Conv"]
         # A transformer's residual stream grows with depth: too much for 256 steps.
         normalised = any(node.op_type == "LayerNormalization" for node in graph.node)
         quantize_static(
@@ -174,7 +181,7 @@ def to_int8(source: Path, target: Path, calibration: Tensor) -> None:
             _Batches(calibration),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=[*PRODUCTS, *(() if normalised else BETWEEN_CONVOLUTIONS)],
-            nodes_to_exclude=[*first_convolutions(graph), *products_of_activations(graph)],
+            nodes_to_exclude=[*convolutions[:first], *products_of_activations(graph)],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -193,11 +200,6 @@ def to_int8(source: Path, target: Path, calibration: Tensor) -> None:
     target.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def first_convolutions(graph: onnx.GraphProto) -> list[str]:
-    """The FIRST convolutions: their rounding goes through all others, and they are cheap."""
-    return [node.name for node in graph.node if node.op_type == "Conv"][:FIRST]
-
-
 def products_of_activations(graph: onnx.GraphProto) -> list[str]:
     """Attention's: in int8 they lose accuracy and gain no speed."""
     weights = {tensor.name for tensor in graph.initializer}
@@ -208,7 +210,12 @@ def products_of_activations(graph: onnx.GraphProto) -> list[str]:
     ]
 
 
-CONVERSIONS: dict[str, Callable[[Path, Path, Tensor], None]] = {"fp16": to_fp16, "int8": to_int8}
+CONVERSIONS: dict[str, tuple[Callable[[Path, Path, Tensor], None], ...]] = {
+    "fp16": (to_fp16,),
+    # The second costs ResNet-50 a quarter of its speed, and saves an EfficientNet two points.
+    "int8": (to_int8, partial(to_int8, first=2)),
+}
+"""By precision, what to try in turn."""
 
 
 class _Batches(CalibrationDataReader):
