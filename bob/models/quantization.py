@@ -165,14 +165,14 @@ def largest_activation(source: Path, images: Tensor) -> float:
 def to_int8(source: Path, target: Path, calibration: Tensor, first: int = 0) -> None:
     """Write `source` quantized, its activations' ranges those on the calibration images.
 
-    The `first` convolutions stay in float32: their rounding goes through all the others.
+    The `first` convolutions, and what lies before and between them, stay in float32: their rounding
+    goes through all the others.
     """
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         # The shape inference of onnx suffices; the symbolic one is of no more use here.
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared).graph
-        convolutions = [node.name for node in graph.node if node.op_type == "Conv"]
         # A transformer's residual stream grows with depth: too much for 256 steps.
         normalised = any(node.op_type == "LayerNormalization" for node in graph.node)
         quantize_static(
@@ -181,7 +181,7 @@ def to_int8(source: Path, target: Path, calibration: Tensor, first: int = 0) -> 
             _Batches(calibration),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=[*PRODUCTS, *(() if normalised else BETWEEN_CONVOLUTIONS)],
-            nodes_to_exclude=[*convolutions[:first], *products_of_activations(graph)],
+            nodes_to_exclude=[*up_to_convolution(graph, first), *products_of_activations(graph)],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -198,6 +198,13 @@ def to_int8(source: Path, target: Path, calibration: Tensor, first: int = 0) -> 
     kept = {prop.key: prop.value for prop in onnx.load(source).metadata_props}
     onnx.helper.set_model_props(proto, kept)
     target.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def up_to_convolution(graph: onnx.GraphProto, number: int) -> list[str]:
+    """The names of the nodes up to this convolution, or the last one where there are fewer."""
+    places = [place for place, node in enumerate(graph.node) if node.op_type == "Conv"]
+    ends = [place + 1 for place in places[:number]]
+    return [node.name for node in graph.node[: max(ends, default=0)]]
 
 
 def products_of_activations(graph: onnx.GraphProto) -> list[str]:
