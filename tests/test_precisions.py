@@ -208,12 +208,10 @@ def test_what_does_not_survive_is_told_and_not_written(
 
     benchmark.run(BENCHMARK)
     metrics = read_json(layout.ONNX_METRICS)
-    assert metrics["int8"]["agreement"] < 90
-    assert {name: metrics[name]["survived"] for name in layout.PRECISIONS} == {
-        "fp16": False,
-        "int8": False,
-    }
-    assert "top1" not in metrics["int8"] and metrics["top1"] == metrics["torch_top1"]
+    assert metrics["fp16"] == {"survived": False}  # it was never compared
+    assert metrics["int8"].pop("agreement") < 96
+    assert metrics["int8"] == {"survived": False}
+    assert metrics["top1"] == metrics["torch_top1"]
 
 
 def test_int8_is_tried_again_with_the_first_convolutions_in_float32(

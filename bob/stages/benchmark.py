@@ -63,7 +63,8 @@ def run(params: Params) -> None:
     timings = timings_by_size(runs, image, params.benchmark.batch_sizes, params.benchmark.repeats)
     metrics = fp32_metrics(accuracy, timings, sessions["onnxruntime"], device)
     for precision, check in checks.items():
-        metrics[precision] = {"survived": check["survived"], "agreement": check["agreement"]}
+        compared_keys = ("survived", "agreement") if check["photos"] else ("survived",)
+        metrics[precision] = {key: check[key] for key in compared_keys}
         if check["survived"]:
             session = sessions[f"onnxruntime_{precision}"]
             metrics[precision] |= reduced_metrics(precision, accuracy, timings, session)
