@@ -215,7 +215,8 @@ def test_why_names_the_cause_of_each_row_of_the_readmes_table(project, monkeypat
         direct = {stage for stage, found in causes.items() if any(not c.stage for c in found)}
         assert direct == DIRECT[section], what
         for stage in direct:
-            assert f"parameter {section}.{key} {old} -> {new}" in said[stage], what
+            change = f"{json.dumps(old)} -> {json.dumps(new)}"
+            assert f"parameter {section}.{key} {change}" in said[stage], what
         for stage in stale - direct:  # down to the stage whose own cause it is
             assert {cause.stage for cause in causes[stage]} <= stale, what
         (project / "params.yaml").write_text(original)
