@@ -53,7 +53,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         classify.run(classify_params(epochs=2, learning_rate=3e-4))  # not always right
         evaluate.run(Params({}, "evaluate"))
-        export.run(Params({}, "export"))
+        export.run(Params({"export": {"precisions": ["fp32", "fp16", "int8"]}}, "export"))
         settings = {"benchmark": {"batch_sizes": [1, 4], "repeats": 3}}
         benchmark.run(Params(settings, "benchmark"))
     finally:
@@ -138,6 +138,26 @@ def test_data_settings_and_latency_are_those_of_the_run(project: Path) -> None:
     for row, size in zip(table("Latency"), ("1", "4"), strict=True):
         assert row == [size, *(str(onnx[f"batch_{size}"][column]) for column in columns)]
     assert sha256(layout.ONNX) in layout.CARD.read_text()
+
+
+def test_each_precision_has_its_file_and_what_was_measured_of_it(project: Path) -> None:
+    onnx = read_json(layout.ONNX_METRICS)
+    of = {"fp32": onnx, "fp16": onnx["fp16"], "int8": onnx["int8"]}
+    for row, (precision, values) in zip(table("Precisions"), of.items(), strict=True):
+        name, file, size, top1, *rates = row
+        assert name == precision and (layout.EXPORT / file.strip("`")).is_file()
+        assert (size, top1) == (str(values["model_mb"]), f"{values['top1']} %")
+        assert rates == [str(values[f"batch_{n}"]["images_per_second"]) for n in (1, 4)]
+
+    onnx["int8"] = {"survived": False, "agreement": 40.0}
+    write_json(layout.ONNX_METRICS, onnx)
+    card.run(card_params())
+    assert table("Precisions")[2] == ["int8", "none: does not survive", *[""] * 4]
+    for precision in layout.PRECISIONS:
+        del onnx[precision]
+    write_json(layout.ONNX_METRICS, onnx)
+    card.run(card_params())
+    assert "Precisions" not in layout.CARD.read_text()
 
 
 def test_a_setting_that_the_stage_does_not_declare_is_not_told() -> None:

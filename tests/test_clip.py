@@ -198,7 +198,7 @@ def test_training_learns_the_task_and_the_other_stages_take_what_it_keeps(
         assert loss == pytest.approx(recorded["loss"], rel=1e-5)
 
     evaluate.run(Params({}, "evaluate"))
-    export.run(Params({}, "export"))
+    export.run(Params({"export": {"precisions": ["fp32", "fp16", "int8"]}}, "export"))
     benchmark.run(Params({"benchmark": {"batch_sizes": [1, 3], "repeats": 2}}, "benchmark"))
     accuracy, onnx = read_json(layout.ACCURACY_METRICS), read_json(layout.ONNX_METRICS)
     assert onnx["top1"] == onnx["torch_top1"] == accuracy["real_and_synthetic"]["top1"] > 80

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from bob.models.preprocessing import Preprocessing, read_inputs
 from bob.stages import benchmark, classify, export
 from tests.tiny_project import CLASSES, classify_params, make_project, tree
 
-NO_PARAMS = Params({}, "export")
+EVERY_PRECISION = Params({"export": {"precisions": ["fp32", "fp16", "int8"]}}, "export")
 
 
 def benchmark_params(batch_sizes: list[int], repeats: int = 7) -> Params:
@@ -43,7 +44,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chdir(root)
     try:
         classify.run(classify_params(epochs=4))
-        export.run(NO_PARAMS)
+        export.run(EVERY_PRECISION)
     finally:
         os.chdir(here)
     return root
@@ -85,17 +86,19 @@ def test_the_file_alone_tells_how_to_use_it(project: Path) -> None:
     assert sorted(path.name for path in layout.EXPORT.iterdir()) == [
         "classifier.onnx",
         "predict.py",
+        "reduced",
     ]
 
 
 def test_no_path_of_this_machine_is_in_the_file(project: Path) -> None:
-    content = layout.ONNX.read_bytes()
-    for folder in (
-        str(project),
-        str(Path(classify.__file__).parent),
-        str(Path(torch.__file__).parent),
-    ):
-        assert folder.encode() not in content
+    for name, content in tree(layout.EXPORT).items():
+        for folder in (
+            str(project),
+            str(Path(classify.__file__).parent),
+            str(Path(torch.__file__).parent),
+            tempfile.gettempdir(),
+        ):
+            assert folder.encode() not in content, name
     graph = onnx.load(layout.ONNX).graph
     assert not any(node.metadata_props or node.doc_string for node in graph.node)
 
@@ -108,11 +111,12 @@ def test_another_process_in_another_folder_writes_the_same_bytes(
     elsewhere.mkdir()
     for name in ("data", "results"):
         (elsewhere / name).mkdir()
-    for source in ("data/tiny", "results/split", "results/classify"):
+    for source in ("data/tiny", "results/split", "results/classify", "results/generate"):
         (elsewhere / source).symlink_to(project / source)
     code = (
         "from bob.stages import export; from bob.formats.params import Params;"
-        "export.run(Params({}, 'export'))"
+        "precisions = ['fp32', 'fp16', 'int8'];"
+        "export.run(Params({'export': {'precisions': precisions}}, 'export'))"
     )
     subprocess.run(
         [sys.executable, "-c", code],
@@ -121,7 +125,7 @@ def test_another_process_in_another_folder_writes_the_same_bytes(
         check=True,
         capture_output=True,
     )
-    assert (elsewhere / layout.ONNX).read_bytes() == layout.ONNX.read_bytes()
+    assert tree(elsewhere / layout.EXPORT) == tree(layout.EXPORT)
 
 
 def test_logits_that_differ_are_refused_and_nothing_is_left(
@@ -136,7 +140,7 @@ def test_logits_that_differ_are_refused_and_nothing_is_left(
 
     monkeypatch.setattr(export, "write_onnx", write_an_older_one)
     with pytest.raises(BobError, match="logits differ from torch's"):
-        export.run(NO_PARAMS)
+        export.run(EVERY_PRECISION)
     assert tree(layout.EXPORT) == before
 
 
@@ -145,7 +149,7 @@ def test_a_model_over_the_limit_of_one_file_is_refused_before_the_export(
 ) -> None:
     monkeypatch.setattr(export, "MAX_BYTES", 1000)
     with pytest.raises(BobError, match="smaller network"):
-        export.run(NO_PARAMS)
+        export.run(EVERY_PRECISION)
 
 
 @pytest.mark.slow
@@ -183,6 +187,8 @@ def test_the_benchmark_records_accuracy_timings_and_what_they_were_taken_on(
     metrics = read_json(layout.ONNX_METRICS)
     assert metrics["top1"] == metrics["torch_top1"]
     timings = [metrics.pop("batch_1"), metrics.pop("batch_4")]
+    for precision in layout.PRECISIONS:  # tests/test_precisions.py
+        metrics.pop(precision)
     for timing in timings:
         assert 0 < timing["p50_ms"] <= timing["p95_ms"] <= timing["p99_ms"]
         assert 0 < timing["torch_p50_ms"] <= timing["torch_p95_ms"] <= timing["torch_p99_ms"]

@@ -55,6 +55,14 @@ def told():
         ("classify", "real_weight", 1.1, "allowed: a number from 0 to 1"),
         ("classify", "layer_decay", 0, "allowed: a number above 0 to 1"),
         ("classify", "seeds", [], "classify.seeds is []; allowed: a list of at least 1"),
+        (
+            "export",
+            "precisions",
+            ["fp32", "int4"],
+            'export.precisions.1 is "int4"; allowed: fp32, fp16',
+        ),
+        ("export", "precisions", ["int8"], "allowed: a list of fp32 and any of fp16, int8"),
+        ("export", "precisions", [], "allowed: a list of fp32 and any of fp16, int8"),
         ("benchmark", "batch_sizes", [0], "benchmark.batch_sizes.0 is 0; allowed: a whole number"),
     ],
 )

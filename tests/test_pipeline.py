@@ -114,6 +114,7 @@ DIRECT = {
     "generate": {"generate", "card"},
     "classify": {"classify", "card"},
     "audit": {"audit"},
+    "export": {"export"},
     "benchmark": {"benchmark"},
 }
 OTHER = {  # values for what is no number
@@ -126,6 +127,7 @@ OTHER = {  # values for what is no number
     "mix": "none",
     "seeds": [7],
     "batch_sizes": [2],
+    "precisions": ["fp32"],
     "model": "models/other",
     "base_model": "models/other",
     "backbone": "models/other",
@@ -188,6 +190,7 @@ def rows_of_the_readme():
 
 CHANGES = {  # for each row a parameter
     "benchmark.*": ("benchmark", "repeats"),
+    "export.*": ("export", "precisions"),
     "classify.*": ("classify", "epochs"),
     "generate.*": ("generate", "steps"),
     "finetune.*": ("finetune", "rank"),
@@ -207,14 +210,16 @@ def test_why_names_the_cause_of_each_row_of_the_readmes_table(project, monkeypat
     }
     for what, (section, key) in CHANGES.items():
         old = read_params(project)[section][key]
-        set_params(project, {section: {key: old + 1}})
+        new = OTHER[key] if isinstance(old, list) else old + 1
+        set_params(project, {section: {key: new}})
         stale, causes = foreseen(project, monkeypatch)
         assert stale == rows[what], what
         said = {stage: [cause.text for cause in found] for stage, found in causes.items()}
         direct = {stage for stage, found in causes.items() if any(not c.stage for c in found)}
         assert direct == DIRECT[section], what
         for stage in direct:
-            assert f"parameter {section}.{key} {old} -> {old + 1}" in said[stage], what
+            change = f"{json.dumps(old)} -> {json.dumps(new)}"
+            assert f"parameter {section}.{key} {change}" in said[stage], what
         for stage in stale - direct:  # down to the stage whose own cause it is
             assert {cause.stage for cause in causes[stage]} <= stale, what
         (project / "params.yaml").write_text(original)

@@ -39,6 +39,9 @@ CLUSTERS = AUDIT / "clusters.json"
 EXPORT = Path("results/export")
 ONNX = EXPORT / "classifier.onnx"
 PREDICT = EXPORT / "predict.py"
+PRECISIONS = ("fp16", "int8")  # beside fp32
+REDUCED = EXPORT / "reduced"  # the same classifier in fewer bits
+PRECISION_CHECKS = REDUCED / "checks.json"
 CARD = EXPORT / "README.md"
 BENCHMARK = Path("results/benchmark")
 REPORT = Path("results/report")
@@ -53,3 +56,8 @@ CONTEXTS = Path("data/contexts")
 
 # What people have decided about generated images; any file of the folder counts.
 REVIEW = Path("data/review")
+
+
+def reduced_onnx(precision: str) -> Path:
+    """The classifier in one of PRECISIONS; it is there where it survived."""
+    return REDUCED / f"classifier.{precision}.onnx"

@@ -1,7 +1,8 @@
-"""Stage `benchmark`: accuracy, latency and throughput of the ONNX classifier beside torch's.
+"""Stage `benchmark`: accuracy, latency and throughput of the ONNX classifier, in each precision
+that was exported, beside torch's.
 
 Latency is from a normalised batch in the host's memory to logits in the host's memory, so copies
-to a GPU and back count. Both runtimes have the same threads and full float32 precision, and take
+to a GPU and back count. All have the same threads, torch has full float32 precision, and they take
 turns, so that whatever else the machine does hits both.
 """
 
@@ -9,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bob.formats import layout
-from bob.formats.files import replacing, write_csv, write_json
+from bob.formats.files import read_json, replacing, write_csv, write_json
 from bob.formats.params import Params
 from bob.formats.photos import read_photos
 from bob.models.classifiers import REAL_AND_SYNTHETIC, Trained, load_classifier, read_trained
@@ -27,18 +29,26 @@ from bob.models.preprocessing import Preprocessing, read_inputs
 
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Logits [N, classes] of a batch [N, 3, H, W]."""
+Timings = dict[int, dict[str, dict[str, float]]]
+"""Batch size -> runtime -> its timings."""
 
 ROUNDS = 5
 PERCENTILES = (50, 95, 99)
+IN_METRICS = ("p50_ms", "p95_ms", "images_per_second")  # of fp16 and int8; the tables have all
 
 
 def run(params: Params) -> None:
     """Write `metrics/onnx.json` and, for plots, a table of timings for each runtime."""
     trained = read_trained()
     photos = read_photos(layout.TEST)
-    session = best_session(layout.ONNX)
+    checks = read_json(layout.PRECISION_CHECKS)
+    sessions = {"onnxruntime": best_session(layout.ONNX)} | {
+        f"onnxruntime_{precision}": best_session(layout.reduced_onnx(precision))
+        for precision, check in checks.items()
+        if check["survived"]
+    }
     torch_run, device = torch_runner(trained)
-    runs = {"onnxruntime": onnx_runner(session), "torch": torch_run}
+    runs = {name: onnx_runner(session) for name, session in sessions.items()} | {"torch": torch_run}
 
     labels = [trained.classes.index(photo.class_name) for photo in photos]
     accuracy = accuracies(runs, [photo.path for photo in photos], labels, trained.preprocessing)
@@ -50,7 +60,35 @@ def run(params: Params) -> None:
     image = np.concatenate(
         [batch.numpy() for batch in read_inputs([photos[0].path], trained.preprocessing)]
     )
-    metrics: dict[str, object] = {
+    timings = timings_by_size(runs, image, params.benchmark.batch_sizes, params.benchmark.repeats)
+    metrics = fp32_metrics(accuracy, timings, sessions["onnxruntime"], device)
+    for precision, check in checks.items():
+        compared_keys = ("survived", "agreement") if check["photos"] else ("survived",)
+        metrics[precision] = {key: check[key] for key in compared_keys}
+        if check["survived"]:
+            session = sessions[f"onnxruntime_{precision}"]
+            metrics[precision] |= reduced_metrics(precision, accuracy, timings, session)
+    write_tables(timings)
+    write_json(layout.ONNX_METRICS, metrics)
+    for name, session in sessions.items():
+        click.echo(
+            f"benchmark: {name}, {session.get_providers()[0]}, reaches {fastest(timings, name)}, "
+            f"top-1 {accuracy[name]} %, torch's {accuracy['torch']} %"
+        )
+
+
+def fp32_metrics(
+    accuracy: dict[str, float],
+    timings: Timings,
+    session: onnxruntime.InferenceSession,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What there is to say of the fp32 file, of torch and of the machine."""
+    return {
+        **{
+            f"batch_{size}": compared(timing["onnxruntime"], timing["torch"])
+            for size, timing in timings.items()
+        },
         "top1": accuracy["onnxruntime"],
         "torch_top1": accuracy["torch"],
         "provider": session.get_providers()[0],
@@ -59,28 +97,53 @@ def run(params: Params) -> None:
         "threads": torch.get_num_threads(),
         "onnxruntime": onnxruntime.__version__,
         "torch": torch.__version__,
-        "model_mb": round(layout.ONNX.stat().st_size / 1e6, 2),
+        "model_mb": megabytes(layout.ONNX),
     }
-    timings = timings_by_size(runs, image, params.benchmark.batch_sizes, params.benchmark.repeats)
-    metrics |= {
-        f"batch_{size}": compared(timing["onnxruntime"], timing["torch"])
-        for size, timing in timings.items()
+
+
+def reduced_metrics(
+    precision: str,
+    accuracy: dict[str, float],
+    timings: Timings,
+    session: onnxruntime.InferenceSession,
+) -> dict[str, Any]:
+    """What there is to say of the file of another precision."""
+    name = f"onnxruntime_{precision}"
+    return {
+        **{
+            f"batch_{size}": beside_fp32(timing[name], timing["onnxruntime"])
+            for size, timing in timings.items()
+        },
+        "top1": accuracy[name],
+        "provider": session.get_providers()[0],
+        "model_mb": megabytes(layout.reduced_onnx(precision)),
     }
-    tables = {
-        name: [{"batch_size": size, **timing[name]} for size, timing in timings.items()]
-        for name in runs
-    }
+
+
+def write_tables(timings: Timings) -> None:
+    """A table for each runtime, by batch size: without rows where the precision was not exported,
+    because a plot of DVC names all of them.
+    """
+    names = ("onnxruntime", *(f"onnxruntime_{one}" for one in layout.PRECISIONS), "torch")
+    columns = list(next(iter(timings.values()))["onnxruntime"])
     with replacing(layout.BENCHMARK) as folder:
-        for name, rows in tables.items():
-            values = ([*row.values()] for row in rows)
-            write_csv(folder / f"{name}.csv", [*rows[0]], values)
-    write_json(layout.ONNX_METRICS, metrics)
-    fastest = max(tables["onnxruntime"], key=lambda row: row["images_per_second"])
-    click.echo(
-        f"benchmark: {metrics['provider']} reaches {fastest['images_per_second']} images/s "
-        f"(batches of {fastest['batch_size']}), top-1 {metrics['top1']} %, torch's "
-        f"{metrics['torch_top1']} %"
-    )
+        for name in names:
+            rows = [
+                [size, *timing[name].values()] for size, timing in timings.items() if name in timing
+            ]
+            write_csv(folder / f"{name}.csv", ["batch_size", *columns], rows)
+
+
+def fastest(timings: Timings, name: str) -> str:
+    """The best throughput of a runtime, and the batch size that has it."""
+    rates = {size: timing[name]["images_per_second"] for size, timing in timings.items()}
+    size = max(rates, key=lambda size: rates[size])
+    return f"{rates[size]} images/s (batches of {size})"
+
+
+def megabytes(path: Path) -> float:
+    """A file's size in MB."""
+    return round(path.stat().st_size / 1e6, 2)
 
 
 # --- runtimes -----------------------------------------------------------------------------------
@@ -168,8 +231,8 @@ def accuracies(
 
 def timings_by_size(
     runs: dict[str, Run], image: NDArray[np.float32], sizes: Sequence[int], repeats: int
-) -> dict[int, dict[str, dict[str, float]]]:
-    """Batch size -> runtime -> its timings, on batches of one `image` [1, 3, H, W]."""
+) -> Timings:
+    """Timings on batches of one `image` [1, 3, H, W]."""
     return {
         size: {
             name: summarise(milliseconds, size)
@@ -185,6 +248,14 @@ def compared(onnx: dict[str, float], pytorch: dict[str, float]) -> dict[str, flo
         **onnx,
         **{f"torch_{key}": value for key, value in pytorch.items()},
         "speedup": round(pytorch["p50_ms"] / onnx["p50_ms"], 2),
+    }
+
+
+def beside_fp32(reduced: dict[str, float], fp32: dict[str, float]) -> dict[str, float]:
+    """The timings of a precision, and how many times faster it is than fp32 in ONNX Runtime."""
+    return {
+        **{key: reduced[key] for key in IN_METRICS},
+        "speedup": round(fp32["p50_ms"] / reduced["p50_ms"], 2),
     }
 
 

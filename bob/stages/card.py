@@ -64,6 +64,7 @@ def run(params: Params) -> None:
         _accuracy(named, accuracy, onnx),
         _confusions(named),
         _latency(onnx),
+        *_precisions(onnx),
         _models(params),
         _use(trained),
     ]
@@ -194,7 +195,7 @@ def _confusions(named: Sequence[tuple[str, str]]) -> str:
 
 
 def _latency(onnx: dict[str, Any]) -> str:
-    sizes = sorted(int(key.removeprefix("batch_")) for key in onnx if key.startswith("batch_"))
+    sizes = _batch_sizes(onnx)
     columns = ("p50_ms", "p95_ms", "p99_ms", "images_per_second")
     rows = [(size, *(onnx[f"batch_{size}"][column] for column in columns)) for size in sizes]
     gpu = "" if onnx["gpu"] == "none" else f", {onnx['gpu']}"
@@ -207,6 +208,38 @@ file has {onnx["model_mb"]} MB.
 
 {_table(header, rows)}
 """
+
+
+def _batch_sizes(onnx: dict[str, Any]) -> list[int]:
+    return sorted(int(key.removeprefix("batch_")) for key in onnx if key.startswith("batch_"))
+
+
+def _precisions(onnx: dict[str, Any]) -> list[str]:
+    """The section on the files of fewer bits, where there was to be one."""
+    reduced = [precision for precision in layout.PRECISIONS if precision in onnx]
+    if not reduced:
+        return []
+    sizes = _batch_sizes(onnx)
+    rows: list[Row] = []
+    for name, values in [("fp32", onnx), *((precision, onnx[precision]) for precision in reduced)]:
+        path = layout.ONNX if name == "fp32" else layout.reduced_onnx(name)
+        if "top1" not in values:
+            rows.append((name, "none: does not survive", *("" for _ in range(2 + len(sizes)))))
+            continue
+        rates = (values[f"batch_{size}"]["images_per_second"] for size in sizes)
+        file = f"`{path.relative_to(layout.EXPORT)}`"
+        rows.append((name, file, values["model_mb"], f"{values['top1']} %", *rates))
+    header = ("precision", "file", "MB", "top-1", *(f"images/s, batch {size}" for size in sizes))
+    return [
+        f"""## Precisions
+
+The same classifier in fewer bits, used in the same way: `predict.py --model FILE`. Top-1 is on the
+test photos, images/s on the machine above. int8 was calibrated on training images. fp16 is for
+GPUs: a CPU computes most of it in float32.
+
+{_table(header, rows)}
+"""
+    ]
 
 
 def _models(params: Params) -> str:

@@ -2,14 +2,15 @@
 
 The file needs no bob: its metadata holds the class names, the descriptor and the preprocessing.
 Input `image` is float32 [batch, 3, height, width], normalised; output `logits` is [batch, classes].
-Beside it lies `predict.py`, which takes photos to classes with it: a copy of bob's own predictor.
+Beside it lie `predict.py`, which takes photos to classes with it, a copy of bob's own predictor,
+and in `reduced/` the same classifier in fewer bits.
 """
 
 import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,13 +24,15 @@ from torch import Tensor, nn
 
 from bob.errors import BobError
 from bob.formats import layout
-from bob.formats.files import replacing_file
+from bob.formats.files import replacing, replacing_file, write_json
+from bob.formats.manifest import read_manifest
 from bob.formats.params import Params
-from bob.formats.photos import read_photos
+from bob.formats.photos import Photo, read_photos
 from bob.models import predictor
 from bob.models.backbones import predict
 from bob.models.classifiers import REAL_AND_SYNTHETIC, Trained, load_classifier, read_trained
 from bob.models.preprocessing import read_inputs
+from bob.models.quantization import CALIBRATED, Check, reduce, spread
 
 TOLERANCE = 1e-3  # of a logit
 CHECKED_PHOTOS = 8
@@ -37,8 +40,8 @@ MAX_BYTES = 2 * 1000**3  # protobuf's limit is 2 GiB for the whole file
 
 
 def run(params: Params) -> None:
-    """Write `results/export/classifier.onnx`, checked against the torch model on shots, and
-    `predict.py`.
+    """Write `results/export/classifier.onnx`, checked against the torch model on shots,
+    `predict.py`, and `reduced/`.
     """
     trained = read_trained()
     seed = trained.best_seed(REAL_AND_SYNTHETIC)
@@ -53,9 +56,57 @@ def run(params: Params) -> None:
         size = path.stat().st_size / 1e6
     with replacing_file(layout.PREDICT) as path:
         shutil.copyfile(predictor.__file__, path)
+    checks = write_reduced(params.export.precisions, trained)
     click.echo(
         f"export: {layout.ONNX}, {size:.1f} MB, {REAL_AND_SYNTHETIC} of seed {seed}; its logits "
         f"differ from torch's by {difference:.1e} at most"
+    )
+    for precision, check in checks.items():
+        click.echo(told(precision, check))
+
+
+def write_reduced(precisions: Sequence[str], trained: Trained) -> dict[str, Check]:
+    """Write `results/export/reduced/`: a file for each of the precisions but fp32, and the checks.
+
+    The calibration images are those of training, photos and synthetic; the photos of the checks are
+    those of validation, or else of training.
+    """
+    train, val = read_photos(layout.TRAIN), read_photos(layout.VAL)
+    photos = val or train
+    wanted = [precision for precision in layout.PRECISIONS if precision in precisions]
+    checks = {}
+    with replacing(layout.REDUCED) as folder:
+        if wanted:
+            calibration = _inputs(calibration_images(train), trained)
+            inputs = _inputs([photo.path for photo in photos], trained)
+            labels = torch.tensor([trained.classes.index(photo.class_name) for photo in photos])
+        for precision in wanted:
+            target = folder / layout.reduced_onnx(precision).name
+            checks[precision] = reduce(precision, layout.ONNX, target, calibration, inputs, labels)
+        write_json(
+            folder / layout.PRECISION_CHECKS.name,
+            {precision: asdict(check) for precision, check in checks.items()},
+        )
+    return checks
+
+
+def calibration_images(train: Sequence[Photo]) -> list[str]:
+    """Training images by which activations' ranges are found, spread over the classes."""
+    generated = [str(layout.GENERATE / image.file) for image in read_manifest()]
+    return [*spread([photo.path for photo in train], CALIBRATED), *spread(generated, CALIBRATED)]
+
+
+def _inputs(paths: Sequence[str], trained: Trained) -> Tensor:
+    return torch.cat(list(read_inputs(paths, trained.preprocessing)))
+
+
+def told(precision: str, check: Check) -> str:
+    """One line on a file of fewer bits, a warning where there is none."""
+    if not check.survived:
+        return f"warning: this network does not survive {precision} ({check.reason}); use fp32"
+    return (
+        f"export: {layout.reduced_onnx(precision)}, top-1 {check.top1} % on {check.photos} photos, "
+        f"fp32's {check.fp32_top1} %; the same class for {check.agreement} %"
     )
 
 

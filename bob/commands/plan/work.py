@@ -42,6 +42,8 @@ PNG_BYTES = 1.5
 """For a pixel; the miniature's images have 1.55. Measured on the generated images where there are
 some."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ONNX_SHARE = {"fp32": 1.0, "fp16": 0.5, "int8": 0.25}
+"""Of the network's bytes in fp32."""
 ADAM = 2
 """Copies of what is trained that AdamW keeps: the moments."""
 
@@ -507,20 +509,25 @@ def _evaluate(project: Project) -> Work:
 
 def _export(project: Project) -> Work:
     network = _classifier(project)
-    return Work("one ONNX file", disk=network.weights)
+    precisions = project.params.export.precisions
+    return Work(
+        f"ONNX, {', '.join(precisions)}",
+        disk=network.weights * sum(ONNX_SHARE[precision] for precision in precisions),
+    )
 
 
 def _benchmark(project: Project) -> Work:
     settings, test = project.params.benchmark, len(project.photos.test)
     sizes = settings.batch_sizes
     timed = sum(sizes) * (settings.repeats + measuring.ROUNDS)
-    # ONNX Runtime and torch, each with the network.
+    # torch, and ONNX Runtime in each precision, which is taken for fp32.
+    copies = 1 + len(project.params.export.precisions)
     return _looking(
         project,
         f"{test:,} photos, {len(sizes)} batch sizes",
-        2 * (test + timed),
+        copies * (test + timed),
         max(64, *sizes),
-        2,
+        copies,
     )
 
 
