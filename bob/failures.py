@@ -39,10 +39,9 @@ def guarded(command: Callable[[], object]) -> None:
 
     What it prints is written out before: a full disk is a failure too. A `SystemExit` goes through.
     """
-    # What the terminal's encoding lacks is printed as an escape, and is no error.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    # What the terminal's encoding lacks is printed as an escape, as Python does on standard error.
+    with suppress(AttributeError, OSError):  # it may be closed, or no text stream of Python's
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         try:
             command()
