@@ -16,7 +16,7 @@ import click
 from bob.commands.why import Causes
 from bob.dvc.forecast import MAY_RUN, RUNS, Forecast
 from bob.dvc.pipeline import Pipeline
-from bob.errors import BobError
+from bob.errors import LINE, BobError, shown
 from bob.formats import params
 from bob.formats.params import Params
 from bob.models import gpus
@@ -68,7 +68,7 @@ def plan(gpu_name: str | None = None, count: int | None = None, price: float | N
                 work = to_do(project)
             lines = notes(of, states, work, machine)
     for line in (*table(states, work, because, machine), "", *lines):
-        click.echo(line)
+        click.echo(shown(line, LINE))
 
 
 def forecast_of(pipeline: Pipeline, of: Params) -> Forecast:
