@@ -23,8 +23,9 @@ from bob.errors import BobError
 from bob.formats import params
 from bob.formats.params import Params
 from bob.formats.photos import Task
-from bob.models import gpus
+from bob.models import denoising, gpus
 from bob.models.backbones import open_backbone
+from bob.models.lora import add_lora
 from tests.builders import build_clip, build_text_to_image
 from tests.conftest import ROOT
 from tests.dvc_project import dvc, make_project, ran, restored, set_params
@@ -336,6 +337,22 @@ def test_a_clip_is_counted_with_its_texts_and_its_lora(tmp_path, lora_rank):
 def test_attention_needs_no_memory_for_its_matrix(stable_diffusion):
     # Eight heads of 4096 x 4096 alone would be 537 MB.
     assert networks.denoise(stable_diffusion, 1).peak < 200e6
+
+
+def test_gradient_checkpointing_is_counted(tmp_path):
+    """Every base has attention in the layers that are computed again in backward()."""
+
+    def step(checkpointing):
+        pipeline = networks.text_to_image(build_text_to_image(tmp_path / "base"))
+        with networks.META:
+            add_lora(pipeline, 2, seed=0)
+        if checkpointing:
+            denoising.checkpoint_gradients(pipeline)
+        return networks.fine_tuning_step(pipeline, 8)
+
+    usual, twice = step(False), step(True)
+    assert twice.peak < usual.peak
+    assert 1.1 * usual.flops < twice.flops < 1.5 * usual.flops
 
 
 # --- GPUs and numbers --------------------------------------------------------------------------
