@@ -151,7 +151,17 @@ def dataset(name: str, source: Path | None, folder: Path | None) -> None:
     "--gpus", type=click.IntRange(1), help="How many.  [default: as many as make the items]"
 )
 @click.option("--price", type=click.FloatRange(0), help="Of a GPU for an hour.")
-def plan(gpu: str | None, gpus: int | None, price: float | None) -> None:
+@click.option(
+    "-S",
+    "--set-param",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Plan with another parameter, as `dvc exp run -S` would run; repeatable.",
+)
+def plan(
+    gpu: str | None, gpus: int | None, price: float | None, overrides: tuple[str, ...]
+) -> None:
     """Print what `dvc repro` would do and cost, and what of it is there already.
 
     Runs nothing, and needs of the models only their config files.
@@ -159,7 +169,7 @@ def plan(gpu: str | None, gpus: int | None, price: float | None) -> None:
     _prepare_libraries()
     from bob.commands.plan import plan as print_plan
 
-    print_plan(gpu, gpus, price)
+    print_plan(gpu, gpus, price, overrides)
 
 
 @cli.command()

@@ -175,6 +175,46 @@ def test_what_the_run_cache_has_is_restored(project):
 
 
 @pytest.mark.slow
+def test_other_parameters_are_planned_without_writing_them(project):
+    before = (project / "params.yaml").read_bytes()
+    overrides = ["-S", "generate.images_per_class=5", "-S", "classify.seeds=[0,1]"]
+    _, output = command("--gpu", "t4", *overrides)
+    assert (project / "params.yaml").read_bytes() == before
+    assert "parameter generate.images_per_class 2 -> 5" in output
+    assert re.search(r"^generate +runs +10 images .* 4 reused, 6 new ", output, re.MULTILINE)
+
+    # The same as with the file so changed, down to what DVC reads of it: paths of dependencies too.
+    set_params(project, {"generate": {"images_per_class": 5}, "classify": {"seeds": [0, 1]}})
+    assert command("--gpu", "t4")[1] == output
+    (project / "params.yaml").write_bytes(before)
+    shutil.copytree(project / "models/miniature-backbone", project / "models/other")
+    try:
+        (project / "models/other/README.md").write_text("another")
+        _, output = command("-S", "classify.backbone=models/other")
+    finally:
+        shutil.rmtree(project / "models/other")
+    assert re.search(r"^generate +up to date ", output, re.MULTILINE)
+    assert re.search(r"^classify +runs .* models/other", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("generate.steps=1,2", r"-S generate.steps=1,2 stands for several experiments; .*"),
+        ("generate.stepz=1", r"-S generate.stepz=1: Could not override 'generate.stepz'.*"),
+        ("generate.steps", r"-S generate.steps: .*"),
+        ("other.yaml:steps=1", r"-S other.yaml:steps=1: parameters of params.yaml can be set, .*"),
+        ("generate.steps=0", r"params.yaml: generate.steps is 0; allowed: .*"),
+        ("+generate.stepz=1", r"params.yaml: generate.stepz is not a known key; did you mean .*"),
+    ],
+)
+def test_a_wrong_override_is_one_line(monkeypatch, override, said):
+    monkeypatch.chdir(ROOT)
+    code, output = command("-S", override)
+    assert code == 1 and re.fullmatch(f"Error: {said}\n", output)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "key"),
     [("finetune", "base_model"), ("caption", "model"), ("classify", "backbone")],

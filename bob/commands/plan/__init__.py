@@ -5,7 +5,7 @@ from the item cache, and the costs from the networks' config files (`bob.command
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import click
 
 from bob.commands.why import Causes
 from bob.dvc.forecast import MAY_RUN, RUNS, Forecast
+from bob.dvc.overrides import overridden
 from bob.dvc.pipeline import Pipeline
 from bob.errors import BobError
 from bob.formats import params
@@ -47,26 +48,38 @@ class Machine:
     """Of a GPU for an hour."""
 
 
-def plan(gpu_name: str | None = None, count: int | None = None, price: float | None = None) -> None:
-    """Print the plan for the parameters as they are, on `count` GPUs at a `price` an hour.
+def plan(
+    gpu_name: str | None = None,
+    count: int | None = None,
+    price: float | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Print the plan for the parameters with `overrides`, on `count` GPUs at a `price` an hour.
 
     Raises BobError where something that it is made of is missing.
     """
-    of = Params(params.load(), "plan")
-    with Pipeline() as pipeline:
-        forecast = forecast_of(pipeline, of)
-        states, because = forecast.states, reasons(pipeline, forecast)
-        work: dict[str, Work] = {}
-        lines = ["nothing to do: `dvc repro` will compute nothing"]
-        machine = Machine(gpus.choose(gpu_name) if gpu_name else gpus.GPUS[gpus.DEFAULT])
-        if _running(forecast):
-            from bob.cache.executors.chosen import executor
-            from bob.commands.plan.notes import notes
+    with overridden(params.PARAMS, overrides) as file:
+        of = Params(params.load(file), "plan")
+        with Pipeline(params=file if overrides else None) as pipeline:
+            _print(of, pipeline, gpu_name, count, price)
 
-            machine = Machine(gpus.choose(gpu_name), count or executor().workers(), price)
-            with project_of(of, forecast, machine.gpu) as project:
-                work = to_do(project)
-            lines = notes(of, states, work, machine)
+
+def _print(
+    of: Params, pipeline: Pipeline, gpu_name: str | None, count: int | None, price: float | None
+) -> None:
+    forecast = forecast_of(pipeline, of)
+    states, because = forecast.states, reasons(pipeline, forecast)
+    work: dict[str, Work] = {}
+    lines = ["nothing to do: `dvc repro` will compute nothing"]
+    machine = Machine(gpus.choose(gpu_name) if gpu_name else gpus.GPUS[gpus.DEFAULT])
+    if _running(forecast):
+        from bob.cache.executors.chosen import executor
+        from bob.commands.plan.notes import notes
+
+        machine = Machine(gpus.choose(gpu_name), count or executor().workers(), price)
+        with project_of(of, forecast, machine.gpu) as project:
+            work = to_do(project)
+        lines = notes(of, states, work, machine)
     for line in (*table(states, work, because, machine), "", *lines):
         click.echo(line)
 
