@@ -63,6 +63,11 @@ def _prepare_libraries() -> None:
     # run at once, one removes it when another is about to, and that one fails. Each gets its own.
     if "DVC_ROOT" in os.environ:
         os.environ["DVC_ROOT"] = str(Path.cwd())
+    # By this variable dvclive knows an experiment, and adds the folder it writes to git: a stage's
+    # draft, which is gone when it is done, and stands in the way of the next run if it is killed.
+    # DVC itself adds what the stage has made, and tells Studio.
+    if os.environ.pop("DVC_EXP_BASELINE_REV", None):
+        os.environ["DVC_STUDIO_OFFLINE"] = "true"
 
 
 def _add_stage(name: str, help_line: str) -> None:
