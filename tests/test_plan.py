@@ -90,6 +90,26 @@ def test_in_a_fresh_clone_everything_is_to_be_done(tmp_path, monkeypatch):
     assert re.search(r"^total .* [GT] ", output, re.MULTILINE)
     assert "models/miniature-base holds no weights" in output
     assert "generate does not fit into tiny" in output and "lower generate.batch_size" in output
+    assert "set finetune.precision to fp16" not in output  # it is in bf16 there
+
+    # What is asked is about the GPU: fp16 on this machine, which has none, would be an error.
+    monkeypatch.setitem(gpus.GPUS, "old", gpus.Gpu("old", 65, 8.1, 10**5, "none", bf16=False))
+    small = ["-S", "caption.batch_size=1", "-S", "generate.precision=fp16"]
+    code, output = command("--gpu", "old", *small, "-S", "finetune.gradient_checkpointing=true")
+    assert code == 0
+    auto = "caption.precision, finetune.precision, classify.precision"
+    assert f"products in fp16 are 8 times as fast: {auto}" in output
+    caption, finetune, generate = (
+        re.search(rf"^{stage} does not fit into old: .*; (.*)$", output, re.MULTILINE)[1]
+        for stage in ("caption", "finetune", "generate")
+    )
+    assert caption == "set caption.precision to fp16"
+    assert finetune == "set finetune.precision to fp16 or raise finetune.gradient_accumulation"
+    assert generate == "lower generate.batch_size"
+    smallest = [*small, "-S", "caption.precision=fp16"]
+    assert re.search(
+        r"caption does not .*; take a smaller model or", command("--gpu", "old", *smallest)[1]
+    )
 
     # 4 images in batches of 2: two GPUs make them in half the time, more in no less; finetune has
     # one. What is held and does not compute is paid for as well.

@@ -6,10 +6,11 @@ from the item cache, and the costs from the networks' config files (`bob.command
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import click
 
@@ -77,11 +78,28 @@ def _print(
         from bob.commands.plan.notes import notes
 
         machine = Machine(gpus.choose(gpu_name), count or executor().workers(), price)
-        with project_of(of, forecast, machine.gpu) as project:
-            work = to_do(project)
-        lines = notes(of, states, work, machine)
+        with _made_on(machine.gpu) if gpu_name else nullcontext():
+            with project_of(of, forecast, machine.gpu) as project:
+                work = to_do(project)
+            lines = notes(of, states, work, machine)
     for line in (*table(states, work, because, machine), "", *lines):
         click.echo(line)
+
+
+@contextmanager
+def _made_on(gpu: gpus.Gpu) -> Iterator[None]:
+    """Have the item cache asked for what `gpu` makes, which this machine need not have."""
+    from bob.cache.executors.chosen import executor
+    from bob.cache.work import Hardware
+    from bob.models.precision import hardware
+
+    on = Hardware("cuda", gpu.bf16, gpu.name)
+    hardware.cache_clear()
+    try:
+        with patch.object(executor(), "hardware", lambda look: on):
+            yield
+    finally:
+        hardware.cache_clear()
 
 
 def forecast_of(pipeline: Pipeline, of: Params) -> Forecast:
