@@ -74,9 +74,11 @@ def _add_stage(name: str, help_line: str) -> None:
     @cli.command(name, help=help_line, short_help=help_line)
     def run_stage() -> None:
         if "DVC_STAGE" in os.environ:
+            from bob.commands import configuration
             from bob.parent import die_with_dvc
 
             die_with_dvc()
+            configuration.check(params.load())
         stage_params = params.for_stage(name)
         _prepare_libraries()
         importlib.import_module(f"bob.stages.{name}").run(stage_params)

@@ -8,12 +8,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import click
 
+from bob.commands import configuration
+from bob.commands.configuration import MODELS, model_folder
 from bob.commands.why import Causes
 from bob.dvc.forecast import MAY_RUN, RUNS, Forecast
 from bob.dvc.overrides import overridden
@@ -27,12 +28,6 @@ from bob.models import gpus
 if TYPE_CHECKING:
     from bob.commands.plan.work import Project, Work
 
-MODELS = (
-    ("caption", "model"),
-    ("finetune", "base_model"),
-    ("classify", "backbone"),
-    ("audit", "feature_model"),
-)
 HEADER = ("stage", "dvc", "to do", "item cache", "FLOPs", "memory", "disk", "time", "because")
 NUMBERS = range(4, 8)  # of the columns
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -60,7 +55,9 @@ def plan(
     Raises BobError where something that it is made of is missing.
     """
     with overridden(params.PARAMS, overrides) as file:
-        of = Params(params.load(file), "plan")
+        values = params.load(file)
+        configuration.check(values)
+        of = Params(values, "plan")
         with Pipeline(params=file if overrides else None) as pipeline:
             _print(of, pipeline, gpu_name, count, price)
 
@@ -124,11 +121,6 @@ def project_of(of: Params, forecast: Forecast, gpu: gpus.Gpu) -> Iterator["Proje
 
     with ItemCache() as cache:
         yield Project(of, forecast, cache, gpu)
-
-
-def model_folder(of: Params, section: str, key: str) -> Path:
-    """The folder that the parameter `section.key` names."""
-    return Path(getattr(getattr(of, section), key))
 
 
 def reasons(pipeline: Pipeline, forecast: Forecast) -> dict[str, str]:

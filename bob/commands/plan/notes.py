@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from bob.commands.plan import MODELS, Machine, metric, model_folder
+from bob.commands.configuration import MODELS, model_folder
+from bob.commands.plan import Machine, metric
 from bob.commands.plan.networks import ANSWER_TOKENS
 from bob.commands.plan.work import Work
 from bob.dvc.forecast import MAY_RUN, RESTORED

@@ -13,7 +13,8 @@ from PIL import Image
 
 from bob.cache.items import ItemCache, tree_hash
 from bob.cache.wanted import Wanted
-from bob.commands.plan import model_folder, networks
+from bob.commands.configuration import model_folder
+from bob.commands.plan import networks
 from bob.dvc.forecast import UP_TO_DATE, Forecast
 from bob.formats import layout
 from bob.formats.files import sha256
