@@ -70,15 +70,22 @@ def _prepare_libraries() -> None:
     # run at once, one removes it when another is about to, and that one fails. Each gets its own.
     if "DVC_ROOT" in os.environ:
         os.environ["DVC_ROOT"] = str(Path.cwd())
+    # By this variable dvclive knows an experiment, and adds the folder it writes to git: a stage's
+    # draft, which is gone when it is done, and stands in the way of the next run if it is killed.
+    # DVC itself adds what the stage has made, and tells Studio.
+    if os.environ.pop("DVC_EXP_BASELINE_REV", None):
+        os.environ["DVC_STUDIO_OFFLINE"] = "true"
 
 
 def _add_stage(name: str, help_line: str) -> None:
     @cli.command(name, help=help_line, short_help=help_line)
     def run_stage() -> None:
         if "DVC_STAGE" in os.environ:
+            from bob.commands import configuration
             from bob.parent import die_with_dvc
 
             die_with_dvc()
+            configuration.check(params.load())
         stage_params = params.for_stage(name)
         _prepare_libraries()
         with _printed_afterwards(name):
@@ -175,7 +182,17 @@ def dataset(name: str, source: Path | None, folder: Path | None) -> None:
     "--gpus", type=click.IntRange(1), help="How many.  [default: as many as make the items]"
 )
 @click.option("--price", type=click.FloatRange(0), help="Of a GPU for an hour.")
-def plan(gpu: str | None, gpus: int | None, price: float | None) -> None:
+@click.option(
+    "-S",
+    "--set-param",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Plan with another parameter, as `dvc exp run -S` would run; repeatable.",
+)
+def plan(
+    gpu: str | None, gpus: int | None, price: float | None, overrides: tuple[str, ...]
+) -> None:
     """Print what `dvc repro` would do and cost, and what of it is there already.
 
     Runs nothing, and needs of the models only their config files.
@@ -183,7 +200,7 @@ def plan(gpu: str | None, gpus: int | None, price: float | None) -> None:
     _prepare_libraries()
     from bob.commands.plan import plan as print_plan
 
-    print_plan(gpu, gpus, price)
+    print_plan(gpu, gpus, price, overrides)
 
 
 @cli.command()

@@ -342,6 +342,25 @@ def test_two_datasets_run_side_by_side_from_the_queue(project):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["finetune", "classify"])
+def test_no_draft_gets_into_an_experiment(project, stage):
+    """One that git knows of is in the way of the next `dvc exp run` if this one is killed."""
+    as_in_an_experiment = {"DVC_ROOT": str(project), "DVC_EXP_BASELINE_REV": "HEAD"}
+    before = run(project, "git", "status", "--porcelain")
+    run(
+        project, "env", *map("=".join, as_in_an_experiment.items()), *("python", "-m", "bob", stage)
+    )
+    assert run(project, "git", "status", "--porcelain") == before
+    left = project / f"results/.{stage}.4711.x/curves"
+    left.mkdir(parents=True)
+    try:
+        (left / "loss.tsv").write_text("")
+        assert run(project, "git", "status", "--porcelain") == before
+    finally:
+        shutil.rmtree(left.parent)
+
+
+@pytest.mark.slow
 def test_a_long_tail_is_balanced_by_generated_images_and_reported_by_frequency(project):
     original = (project / "params.yaml").read_text()
     try:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bob.dvc.overrides import read_instead
 from bob.dvc.repository import OnRepository, translated
+from bob.formats.params import PARAMS
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -114,13 +116,18 @@ def _condition(out: "Output") -> str:
 
 
 class Pipeline(OnRepository):
-    """The pipeline of the repository; raises BobError where DVC refuses its dvc.yaml."""
+    """The pipeline of the repository; raises BobError where DVC refuses its dvc.yaml.
 
-    def __init__(self, folder: Path | None = None) -> None:
+    With `params`, a file that is read instead of `params.yaml`.
+    """
+
+    def __init__(self, folder: Path | None = None, params: Path | None = None) -> None:
         from dvc.repo.reproduce import plan_repro
         from dvc.stage import PipelineStage
 
         super().__init__(folder)
+        if params is not None:
+            read_instead(self.repository, self.root / PARAMS, params)
         with translated():
             self.stages = {
                 stage.name: Stage(stage)

@@ -72,13 +72,13 @@ def schema() -> dict[str, Any]:
     )
 
 
-def load() -> dict[str, Any]:
-    """Read and validate `params.yaml`.
+def load(file: Path = PARAMS) -> dict[str, Any]:
+    """Read and validate `params.yaml`, or a `file` that stands for it.
 
     Raises BobError with one line: the key's path, what was found, what is allowed, and the nearest
     key where it looks like a typo.
     """
-    values = read_yaml(PARAMS)
+    values = read_yaml(file)
     check(PARAMS, values, schema())
     return values
 

@@ -38,6 +38,7 @@ class Gpu:
         return flops / (teraflops * 1e12 * UTILISATION)
 
 
+# None before Turing: the builds of torch for CUDA 13 have no kernels for them.
 _TABLE = (
     Gpu("h100", 989, 67, 80 * 10**9, "H100"),  # SXM
     Gpu("h200", 989, 67, 141 * 10**9, "H200"),  # SXM
@@ -49,7 +50,6 @@ _TABLE = (
     Gpu("rtx4090", 165.2, 82.6, 24 * 10**9, "RTX 4090"),
     Gpu("rtx3090", 71, 35.6, 24 * 10**9, "RTX 3090"),
     Gpu("t4", 65, 8.1, 16 * 10**9, r"T4\b", bf16=False),
-    Gpu("v100", 125, 15.7, 16 * 10**9, "V100", bf16=False),  # SXM2
 )
 GPUS = {gpu.name: gpu for gpu in _TABLE}
 DEFAULT = "h100"

@@ -5,16 +5,19 @@ from the item cache, and the costs from the networks' config files (`bob.command
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import click
 
+from bob.commands import configuration
+from bob.commands.configuration import MODELS, model_folder
 from bob.commands.why import Causes
 from bob.dvc.forecast import MAY_RUN, RUNS, Forecast
+from bob.dvc.overrides import overridden
 from bob.dvc.pipeline import Pipeline
 from bob.errors import LINE, BobError, shown
 from bob.formats import params
@@ -25,12 +28,6 @@ from bob.models import gpus
 if TYPE_CHECKING:
     from bob.commands.plan.work import Project, Work
 
-MODELS = (
-    ("caption", "model"),
-    ("finetune", "base_model"),
-    ("classify", "backbone"),
-    ("audit", "feature_model"),
-)
 HEADER = ("stage", "dvc", "to do", "item cache", "FLOPs", "memory", "disk", "time", "because")
 NUMBERS = range(4, 8)  # of the columns
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -47,28 +44,59 @@ class Machine:
     """Of a GPU for an hour."""
 
 
-def plan(gpu_name: str | None = None, count: int | None = None, price: float | None = None) -> None:
-    """Print the plan for the parameters as they are, on `count` GPUs at a `price` an hour.
+def plan(
+    gpu_name: str | None = None,
+    count: int | None = None,
+    price: float | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Print the plan for the parameters with `overrides`, on `count` GPUs at a `price` an hour.
 
     Raises BobError where something that it is made of is missing.
     """
-    of = Params(params.load(), "plan")
-    with Pipeline() as pipeline:
-        forecast = forecast_of(pipeline, of)
-        states, because = forecast.states, reasons(pipeline, forecast)
-        work: dict[str, Work] = {}
-        lines = ["nothing to do: `dvc repro` will compute nothing"]
-        machine = Machine(gpus.choose(gpu_name) if gpu_name else gpus.GPUS[gpus.DEFAULT])
-        if _running(forecast):
-            from bob.cache.executors.chosen import executor
-            from bob.commands.plan.notes import notes
+    with overridden(params.PARAMS, overrides) as file:
+        values = params.load(file)
+        configuration.check(values)
+        of = Params(values, "plan")
+        with Pipeline(params=file if overrides else None) as pipeline:
+            _print(of, pipeline, gpu_name, count, price)
 
-            machine = Machine(gpus.choose(gpu_name), count or executor().workers(), price)
+
+def _print(
+    of: Params, pipeline: Pipeline, gpu_name: str | None, count: int | None, price: float | None
+) -> None:
+    forecast = forecast_of(pipeline, of)
+    states, because = forecast.states, reasons(pipeline, forecast)
+    work: dict[str, Work] = {}
+    lines = ["nothing to do: `dvc repro` will compute nothing"]
+    machine = Machine(gpus.choose(gpu_name) if gpu_name else gpus.GPUS[gpus.DEFAULT])
+    if _running(forecast):
+        from bob.cache.executors.chosen import executor
+        from bob.commands.plan.notes import notes
+
+        machine = Machine(gpus.choose(gpu_name), count or executor().workers(), price)
+        with _made_on(machine.gpu) if gpu_name else nullcontext():
             with project_of(of, forecast, machine.gpu) as project:
                 work = to_do(project)
             lines = notes(of, states, work, machine)
     for line in (*table(states, work, because, machine), "", *lines):
         click.echo(shown(line, LINE))
+
+
+@contextmanager
+def _made_on(gpu: gpus.Gpu) -> Iterator[None]:
+    """Have the item cache asked for what `gpu` makes, which this machine need not have."""
+    from bob.cache.executors.chosen import executor
+    from bob.cache.work import Hardware
+    from bob.models.precision import hardware
+
+    on = Hardware("cuda", gpu.bf16, gpu.name)
+    hardware.cache_clear()
+    try:
+        with patch.object(executor(), "hardware", lambda look: on):
+            yield
+    finally:
+        hardware.cache_clear()
 
 
 def forecast_of(pipeline: Pipeline, of: Params) -> Forecast:
@@ -93,11 +121,6 @@ def project_of(of: Params, forecast: Forecast, gpu: gpus.Gpu) -> Iterator["Proje
 
     with ItemCache() as cache:
         yield Project(of, forecast, cache, gpu)
-
-
-def model_folder(of: Params, section: str, key: str) -> Path:
-    """The folder that the parameter `section.key` names."""
-    return Path(getattr(getattr(of, section), key))
 
 
 def reasons(pipeline: Pipeline, forecast: Forecast) -> dict[str, str]:

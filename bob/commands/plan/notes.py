@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from bob.commands.plan import MODELS, Machine, metric, model_folder
+from bob.commands.configuration import MODELS, model_folder
+from bob.commands.plan import Machine, metric
 from bob.commands.plan.networks import ANSWER_TOKENS
 from bob.commands.plan.work import Work
 from bob.dvc.forecast import MAY_RUN, RESTORED
@@ -54,13 +55,34 @@ def notes(
     for folder in dict.fromkeys(model_folder(of, *model) for model in MODELS):
         if not is_endpoint(folder) and not any(folder.rglob("*.safetensors")):
             lines.append(f"{folder} holds no weights: nothing that was made with them is found")
-    lines += [
-        f"{stage} does not fit into {gpu.name}: about {metric(one.memory, 'B')} are needed, of "
-        f"{metric(USABLE * gpu.memory, 'B')}" + (f"; {one.relief}" if one.relief else "")
-        for stage, one in work.items()
-        if one.memory > USABLE * gpu.memory
+    return lines + _slow(of, work, gpu) + _too_large(work, gpu)
+
+
+def _slow(of: Params, work: Mapping[str, Work], gpu: gpus.Gpu) -> list[str]:
+    """What `precision: auto` means on a GPU without bf16."""
+    auto = [
+        f"{stage}.precision"
+        for stage in ("caption", "finetune", "generate", "classify")
+        if getattr(of, stage).precision == "auto" and stage in work and work[stage].flops
     ]
-    return lines
+    if gpu.bf16 or not auto:
+        return []
+    return [
+        f"{gpu.name} has no bf16, so auto is fp32 there; products in fp16 are "
+        f"{gpu.half / gpu.single:.0f} times as fast: {', '.join(auto)}"
+    ]
+
+
+def _too_large(work: Mapping[str, Work], gpu: gpus.Gpu) -> list[str]:
+    """What does not fit, and what would help."""
+    usable = USABLE * gpu.memory
+    return [
+        f"{stage} does not fit into {gpu.name}: about {metric(one.memory, 'B')} are needed, of "
+        f"{metric(usable, 'B')}; "
+        + (" or ".join(one.relief) or "take a smaller model or a larger GPU")
+        for stage, one in work.items()
+        if one.memory > usable
+    ]
 
 
 def _cost(work: Mapping[str, Work], machine: Machine, price: float) -> str:

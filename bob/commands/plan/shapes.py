@@ -7,9 +7,9 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +34,9 @@ def measure(call: Callable[[], object]) -> Cost:
     Attention counts as a GPU's fused kernels do it: its matrix of weights is never stored.
     """
     with (
-        _FusedAttention(),
+        # Patched, because a mode of torch's is off in backward(), where checkpointed layers are
+        # computed again.
+        patch.object(torch.nn.functional, "scaled_dot_product_attention", _flash_attention),
         FlopCounterMode(display=False) as counter,
         _Alive() as alive,
         _ValuesMeetShapes(),
@@ -43,18 +45,16 @@ def measure(call: Callable[[], object]) -> Cost:
     return Cost(counter.get_total_flops(), alive.peak)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention by the fused kernel; on the meta device torch would take the unfused one."""
+def _flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: object, **named: object
+) -> torch.Tensor:
+    """Attention by the fused kernel; on the meta device torch would take the unfused one.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        # A mask decides which products are used, not which are made.
-        query, key, value = (*args, *map(kwargs.get, ("query", "key", "value")[len(args) :]))[:3]
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    A mask decides which products are used, not which are made.
+    """
+    attended: torch.Tensor
+    attended, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)
+    return attended
 
 
 class _ValuesMeetShapes(TorchDispatchMode):

@@ -12,7 +12,8 @@ import torch
 
 from bob.cache.items import ItemCache, tree_hash
 from bob.cache.wanted import Wanted
-from bob.commands.plan import model_folder, networks
+from bob.commands.configuration import model_folder
+from bob.commands.plan import networks
 from bob.dvc.forecast import UP_TO_DATE, Forecast
 from bob.formats import layout
 from bob.formats.files import sha256
@@ -60,8 +61,8 @@ class Work:
     """Bytes on the GPU at the peak; 0 where it needs none."""
     disk: float = 0
     """Bytes written."""
-    relief: str = ""
-    """What to do where the memory does not suffice."""
+    relief: tuple[str, ...] = ()
+    """What would help where the memory does not suffice, one of these."""
     parts: int = 1
     """Batches of items, each of which can be made on another GPU."""
 
@@ -229,9 +230,16 @@ def _asking(
         {precision: batches * rows * each},
         # The whole network is in that precision, activations too.
         (network.weights + rows * read.peak) * DTYPES[precision].itemsize // 4,
-        relief="lower caption.batch_size",
+        relief=(
+            *_lower_precision("caption", precision),
+            *(["lower caption.batch_size"] if rows > 1 else []),
+        ),
         parts=batches,
     )
+
+
+def _lower_precision(stage: str, precision: str) -> list[str]:
+    return [f"set {stage}.precision to fp16"] if precision == "fp32" else []
 
 
 def _reused(total: int, new: int, known: bool) -> str:
@@ -269,21 +277,26 @@ def fine_tuning_work(project: Project) -> Work:
     with networks.META:
         lora = 4 * sum(parameter.numel() for parameter in add_lora(pipeline, settings.rank, 0))
     steps = settings.epochs * math.ceil(len(photos) / settings.batch_size)
-    if settings.gradient_checkpointing:
+    parts_of_batch, checkpointed = settings.gradient_accumulation, settings.gradient_checkpointing
+    if checkpointed:
         denoising.checkpoint_gradients(pipeline)
-    parts_of_batch = settings.gradient_accumulation
-    step = networks.fine_tuning_step(pipeline, settings.batch_size // parts_of_batch)
+    whole = settings.batch_size
+    step = networks.fine_tuning_step(pipeline, whole // parts_of_batch)
     _cast(precision, *trained)
     training = networks.weight_bytes(*trained) + ADAM * lora + step.peak
     return Work(
-        f"{steps:,} steps of {settings.batch_size}, {len(photos):,} photos",
+        f"{steps:,} steps of {whole}, {len(photos):,} photos",
         flops=_added(
             ("fp32", encode.flops / batch * len(photos)),
             (precision, steps * parts_of_batch * step.flops),
         ),
         memory=max(encoding, training if steps else 0),
         disk=lora,
-        relief="raise finetune.gradient_accumulation",
+        relief=(
+            *_lower_precision("finetune", precision),
+            *(["raise finetune.gradient_accumulation"] if parts_of_batch < whole else []),
+            *([] if checkpointed else ["set finetune.gradient_checkpointing to true"]),
+        ),
     )
 
 
@@ -353,7 +366,10 @@ def generating_work(project: Project, prompts: Sequence[str] | None) -> Work:
         ),
         weights + max(denoise.peak, decode.peak),
         new * side**2 * _png_bytes(),
-        "lower generate.batch_size",
+        (
+            *_lower_precision("generate", precision),
+            *(["lower generate.batch_size"] if batch > 1 else []),
+        ),
         batches,
     )
 
@@ -415,7 +431,7 @@ def training_work(project: Project, new: Sequence[tuple[str, int]], known: bool)
         ),
         held + ADAM * changing + step.peak,
         len(new) * network.weights,
-        "lower classify.batch_size",
+        ("lower classify.batch_size",) if batch > 1 else (),
         max(Counter(variant for variant, _ in new).values()),  # one variant after the other
     )
 
