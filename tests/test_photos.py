@@ -109,7 +109,7 @@ def negative(content: bytes, at: int) -> bytes:
 WRONG = {
     "empty": b"",
     "text": b"a text",
-    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n" + b" " * 999,
+    "EPS": encoded("EPS"),
     "PPM": b"P6 1 1 255 abc",
     "PDF": b"%PDF-1.4",
     "bomb": png(60_000, 60_000, data=zlib.compress(b"\0" * 1_000_000)),
@@ -137,6 +137,7 @@ def test_a_file_that_is_no_photo_starts_no_program(workspace: Path) -> None:
     """Pillow reads an EPS by Ghostscript, whatever the file is called."""
     Path("photo.jpg").write_bytes(WRONG["EPS"])
     code = (
+        "from PIL import EpsImagePlugin\n"  # as Pillow does with a file of no usual format
         "import sys; sys.addaudithook(lambda event, _: event == 'subprocess.Popen' and exit(9))\n"
         "from bob.errors import BobError; from bob.formats.photos import open_image\n"
         "try: open_image('photo.jpg')\nexcept BobError: exit(3)"
