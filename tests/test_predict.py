@@ -390,6 +390,16 @@ def test_a_reader_that_goes_away_ends_it_quietly(exported: Path, photo: Path) ->
     assert process.returncode == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_line(exported: Path, photo: Path) -> None:
+    script = [sys.executable, predictor.__file__, "--model", exported / layout.ONNX, photo]
+    command = [*map(str, script)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "predict.py: [Errno 28] No space left on device\n"
+
+
 @pytest.mark.parametrize("top", ["0", "-1", "x", "1.5"])
 def test_a_number_of_classes_that_is_none_is_refused(top: str, photo: Path) -> None:
     assert predict(f"--top={top}", photo).exit_code == 2

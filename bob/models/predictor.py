@@ -313,11 +313,15 @@ def main() -> int:
     """Run the command line; returns the exit status, 1 where a photo could not be read."""
     given = command_line().parse_args()
     try:
-        return 0 if run(given.photos, given.model, given.top, given.format) else 1
+        all_read = run(given.photos, given.model, given.top, given.format)
+        sys.stdout.flush()
+        return 0 if all_read else 1
     except ModelError as error:
         print(f"predict.py: {_shown(str(error))}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `| head` has what it wanted
+    except OSError as error:  # a full disk; or `| head`, which has what it wanted
+        if not isinstance(error, BrokenPipeError):
+            print(f"predict.py: {_shown(_line(error))}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
