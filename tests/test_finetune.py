@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from bob.cache import checkpoints
@@ -23,6 +24,7 @@ from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, write_photos, write_task
 from bob.formats.prompts import Context, Entry, write_bank
 from bob.models import denoising
+from bob.models.machine import device_name
 from bob.stages import finetune
 from tests.builders import build_photos, build_text_to_image
 from tests.conftest import ROOT
@@ -193,6 +195,24 @@ def test_a_checkpoint_is_due_after_its_time(tmp_path, monkeypatch):
     assert not checkpoint.is_due()
     monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN", 0.0)
     assert checkpoint.is_due()
+
+
+def test_too_little_memory_is_told_in_one_line(project, monkeypatch):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(denoising, "train", run_out)
+    with pytest.raises(BobError, match=r"^finetune: .* too little memory; raise .*accumulation"):
+        run()
+
+
+def test_the_last_line_says_on_what_the_lora_was_trained(project, capsys):
+    run()
+    assert f" trained on {device_name()}, " in capsys.readouterr().out
+    mode = (FINETUNE / "lora/pytorch_lora_weights.safetensors").stat().st_mode
+    mask = os.umask(0)
+    os.umask(mask)
+    assert mode & 0o777 == 0o666 & ~mask  # a file as any other, for whom it is passed on to
 
 
 def test_a_batch_that_cannot_be_cut_is_told_in_one_line(project):

@@ -19,8 +19,9 @@ from bob.formats.params import Params
 from bob.formats.photos import Task, write_task
 from bob.formats.prompts import Context, Entry, read_bank, write_bank
 from bob.formats.review import KEEP, REJECT, Verdict, decide
-from bob.models import diffusion
+from bob.models import diffusion, sampling
 from bob.models.lora import add_lora, save_lora
+from bob.models.machine import device_name
 from bob.models.sampling import ImageMaker, png
 from bob.stages import generate
 from tests.builders import build_text_to_image
@@ -178,6 +179,15 @@ def test_of_a_rejected_image_the_next_of_its_class_is_made(project, capsys):
     assert run(capsys) == (before, 4, 0)
 
 
+def test_too_little_memory_is_told_in_one_line(project, capsys, monkeypatch):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(sampling, "sample", run_out)
+    with pytest.raises(BobError, match=r"^generate: .* too little memory; lower .*batch_size$"):
+        run(capsys)
+
+
 def test_the_last_line_says_how_many_were_rejected_and_a_warning_of_too_many(project, capsys):
     def said():
         values = {"finetune": {"base_model": "base"}, "generate": SETTINGS}
@@ -186,10 +196,10 @@ def test_the_last_line_says_how_many_were_rejected_and_a_warning_of_too_many(pro
 
     run(capsys)
     reject(read_manifest()[0])
-    assert said().out.endswith(" made; 1 rejected by data/review\n")
+    assert said().out.endswith(f" made on {device_name()}; 1 rejected by data/review\n")
     reject(*read_manifest()[:2])
     out, err = said()
-    assert out.endswith(" made; 3 rejected by data/review\n")
+    assert out.endswith(f" made on {device_name()}; 3 rejected by data/review\n")
     assert err.count("\n") == 1 and "of Tit (3 and 2)" in err
 
 

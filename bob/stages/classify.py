@@ -12,6 +12,7 @@ which epoch is kept; test photos are never looked at.
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from bob.models.classifiers import (
     weights_path,
     write_trained,
 )
+from bob.models.machine import device_name, enough_memory
 from bob.models.training import Labelled, Recipe, Trainer
 
 SETS = ("real", "synthetic", "validation")  # of images, among what decides a classifier
@@ -94,7 +96,8 @@ def run(params: Params) -> None:
             for one in planned
         ),
     )
-    click.echo(f"{_summary(trained)}; {cache.account}")
+    on = f" on {device_name()}" if cache.made else ""
+    click.echo(f"{_summary(trained)}; {cache.account}{on}")
 
 
 def trainer_of(params: Params) -> Trainer:
@@ -162,8 +165,14 @@ def _taken(
     def files(numbers: list[int]) -> Mapping[Path, str]:
         return backbone(numbers) | trainer.files(with_synthetic)
 
-    rows = cache.take(wanted, Work(trainer.make, inputs, files=files), 1, "training")
+    work = Work(partial(_make, trainer), inputs, files=files)
+    rows = cache.take(wanted, work, 1, "training")
     return {(variant, seed): row for seed, row in zip(seeds, rows, strict=True)}
+
+
+def _make(trainer: Trainer, with_synthetic: bool, seed: int, title: str) -> list[bytes]:
+    with enough_memory("classify", "lower classify.batch_size"):
+        return trainer.make(with_synthetic, seed, title)
 
 
 def classifiers_wanted(

@@ -23,6 +23,7 @@ from bob.formats.photos import Photo, Task, read_photos, read_task
 from bob.formats.prompts import Entry, prompt, read_bank
 from bob.models import finetuning
 from bob.models.lora import LORA_FILE
+from bob.models.machine import device_name, enough_memory
 from bob.models.precision import dtype_name, resolve_precision
 
 # Of the parameters, those that decide the run beside model, captions and precision.
@@ -58,7 +59,7 @@ def run(params: Params) -> None:
         with replacing(FINETUNE) as folder:
             write_curves(folder / "curves", losses)
             cache.place([lora.oid], [folder / LORA.name / LORA_FILE])
-    made = "trained" if cache.made else "reused"
+    made = f"trained on {device_name()}" if cache.made else "reused"
     write_items(
         FINETUNE_ITEMS,
         [
@@ -110,7 +111,12 @@ def _train(
     numbers: Sequence[int], checkpoint: tuple[Path, str], training: Mapping[str, Any]
 ) -> list[bytes]:
     """Of the LoRA and its losses those that are asked for."""
-    made = finetuning.train(**training, checkpoint=Checkpoint(*checkpoint))
+    advice = (
+        "raise finetune.gradient_accumulation, set finetune.gradient_checkpointing to true or "
+        "finetune.precision to bf16 or fp16"
+    )
+    with enough_memory("finetune", advice):
+        made = finetuning.train(**training, checkpoint=Checkpoint(*checkpoint))
     return [made[number] for number in numbers]
 
 

@@ -5,8 +5,11 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from bob.cache.index import Row
 from bob.cache.items import ItemCache
@@ -23,6 +26,7 @@ from bob.formats.photos import Task, read_task
 from bob.formats.prompts import Context, Entry, drawn_from, prompt, read_bank
 from bob.formats.review import rejected
 from bob.models import sampling
+from bob.models.machine import device_name, enough_memory
 
 
 def run(params: Params) -> None:
@@ -46,10 +50,11 @@ def run(params: Params) -> None:
         ),
     )
     passed_over = passed_over_of(planned)
+    on = f" on {device_name()}" if cache.made else ""
     choice = f"; {passed_over.total()} rejected by {REVIEW}" if passed_over else ""
     print(
         f"generate: {len(planned)} images, context from {params.generate.context}: "
-        f"{cache.account}{choice}"
+        f"{cache.account}{on}{choice}"
     )
     _warn_of_many(passed_over, Counter(image.class_name for image in planned))
 
@@ -81,8 +86,16 @@ def take_items(
         return [image.prompt for image in batch], [image.seed for image in batch]
 
     wanted = images_wanted(_decided_by(params, cache), planned)
-    work = Work(maker.make, inputs, sampling.png, cache.reading(base_model, LORA))
+    files = cache.reading(base_model, LORA)
+    work = Work(partial(_make, maker), inputs, sampling.png, files)
     return cache.take(wanted, work, settings.batch_size, "generating")
+
+
+def _make(
+    maker: sampling.ImageMaker, prompts: Sequence[str], seeds: Sequence[int]
+) -> list[Image.Image]:
+    with enough_memory("generate", "lower generate.batch_size"):
+        return maker.make(prompts, seeds)
 
 
 def image_maker(base_model: Path, settings: Any) -> sampling.ImageMaker:
