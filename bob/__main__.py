@@ -2,19 +2,27 @@
 
 import sys
 
+from bob.failures import guarded
+
 
 def main() -> None:
-    """Run the command line, with one line instead of a traceback where the environment is wrong."""
-    try:
-        from bob.cli import cli
+    """Run the command line; whatever goes wrong ends it with one line and an exit status."""
+    guarded(_command_line)
 
-        cli(prog_name="bob")
-    except ModuleNotFoundError as error:
-        # DVC starts stages with the first `python` on PATH, which need not be the project's.
-        sys.exit(
-            f"bob: {sys.executable} has no module {error.name!r}; activate the project's "
-            "environment first: source .venv/bin/activate (`make repro` creates it)"
-        )
+
+def _command_line() -> None:
+    # Imported here: where the environment is wrong, so is this.
+    import click
+
+    from bob.cli import cli
+
+    try:
+        sys.exit(cli.main(prog_name="bob", standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort as abort:  # what click makes of Ctrl-C, and of a file that ends too early
+        raise abort.__cause__ or abort from None
 
 
 if __name__ == "__main__":

@@ -4,13 +4,19 @@ Stages are imported when they run, so that `bob --help` does not wait for torch.
 """
 
 import importlib
+import io
 import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bob.errors import BobError
+from bob.errors import LINE, BobError, shown, tell
+from bob.failures import silence
 from bob.formats import params
 
 STAGES = {
@@ -56,6 +62,7 @@ def _prepare_libraries() -> None:
     # Models are local folders: nothing in a stage may reach for a hub, or wait for one.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # stages have their own
+    warnings.filterwarnings("ignore", module="PIL")  # of photos that it reads all the same
     # Threads that wait for each other must not spin: with another process on the machine, as
     # `dvc exp run --jobs 2` has, spinning makes small networks ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -81,7 +88,24 @@ def _add_stage(name: str, help_line: str) -> None:
             configuration.check(params.load())
         stage_params = params.for_stage(name)
         _prepare_libraries()
-        importlib.import_module(f"bob.stages.{name}").run(stage_params)
+        with _printed_afterwards(name):
+            importlib.import_module(f"bob.stages.{name}").run(stage_params)
+
+
+@contextmanager
+def _printed_afterwards(stage: str) -> Iterator[None]:
+    """Print what a stage says when it has ended; its output is whole where that fails."""
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            yield
+    finally:
+        try:
+            for line in filter(None, said.getvalue().split("\n")):
+                click.echo(shown(line, LINE))
+        except OSError as error:
+            silence(sys.stdout)
+            tell(f"{stage}: warning: its output is written, but what it says is not: {error}")
 
 
 for _name, _help_line in STAGES.items():
@@ -293,7 +317,7 @@ def cache(context: click.Context) -> None:
 
     with ItemCache() as items:
         for line in items.summary():
-            click.echo(line)
+            click.echo(shown(line, LINE))
 
 
 @cache.command()
@@ -391,4 +415,4 @@ def adopt(lists: tuple[Path, ...]) -> None:
         for path in found:
             adopted, missing = items.adopt(path)
             gone = f", {missing:,} are nowhere in this workspace or its cache" if missing else ""
-            click.echo(f"{path}: {adopted:,} items adopted{gone}")
+            click.echo(f"{shown(path)}: {adopted:,} items adopted{gone}")

@@ -23,6 +23,7 @@ from bench.report import CHROMIUM, chromium
 from bob.errors import BobError
 from bob.formats import layout, params
 from bob.formats.files import read_json, sha256, write_json
+from bob.formats.manifest import read_manifest, write_manifest
 from bob.formats.params import Params
 from bob.models import predictor
 from bob.stages import benchmark, card, classify, evaluate, export
@@ -138,6 +139,16 @@ def test_data_settings_and_latency_are_those_of_the_run(project: Path) -> None:
     for row, size in zip(table("Latency"), ("1", "4"), strict=True):
         assert row == [size, *(str(onnx[f"batch_{size}"][column]) for column in columns)]
     assert sha256(layout.ONNX) in layout.CARD.read_text()
+
+
+def test_rejected_images_are_counted_by_the_numbers_that_are_missing(project: Path) -> None:
+    assert "rejected" not in layout.CARD.read_text()
+    images = read_manifest(layout.GENERATED)
+    rest = [image for image in images if image.file != "images/Green_Bar/0000.png"]
+    assert len(rest) == len(images) - 1
+    write_manifest(layout.GENERATED, rest)
+    card.run(card_params())
+    assert "a person has rejected and that others replace: 1." in layout.CARD.read_text()
 
 
 def test_each_precision_has_its_file_and_what_was_measured_of_it(project: Path) -> None:

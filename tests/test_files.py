@@ -1,6 +1,12 @@
 """Outputs are whole or not there."""
 
+import json
+import tempfile
+from pathlib import Path
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bob.errors import BobError
 from bob.formats.files import (
@@ -71,3 +77,60 @@ def test_json_lines_read_back_and_mistakes_name_file_and_line(workspace):
             read_jsonl(path)
     with pytest.raises(BobError, match=r"absent\.json is missing"):
         read_json(workspace / "absent.json")
+
+
+def test_lines_end_at_a_line_feed_and_nowhere_else(workspace):
+    path = workspace / "rows.jsonl"
+    rows = [{"class": f"a{end}b"} for end in "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r\n"]
+    write_jsonl(path, rows)
+    assert read_jsonl(path) == rows
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_jsonl(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ("9" * 10_000, "10000 digits"),
+        ("NaN", "NaN is no finite number"),
+        ("-Infinity", "-Infinity is no finite number"),
+        ("1e999", "1e999 is no finite number"),
+        ('"\\ud83d"', "surrogates not allowed"),
+    ],
+)
+def test_a_value_that_nothing_can_be_done_with_is_one_line(workspace, value, why):
+    path = workspace / "rows.jsonl"
+    path.write_text(f'{{"a": 1}}\n{{"a": {value}}}\n')
+    with pytest.raises(BobError, match=rf"^rows\.jsonl, line 2: not JSON.*{why}"):
+        read_jsonl(Path("rows.jsonl"))
+    path.write_text(value)
+    with pytest.raises(BobError, match=rf"^rows\.jsonl: not JSON.*{why}"):
+        read_json(Path("rows.jsonl"))
+
+
+def test_what_is_no_file_or_may_not_be_read_is_told(workspace):
+    with pytest.raises(BobError, match=r"cannot be read \(Is a directory\)"):
+        read_json(workspace)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+).map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+
+
+@settings(max_examples=300, derandomize=True, deadline=1000)
+@given(st.lists(st.binary(max_size=40) | JSON, max_size=4).map(b"\n".join))
+def test_whatever_is_in_a_file_is_a_value_or_one_line(content):
+    with tempfile.NamedTemporaryFile(suffix="\n.json") as file:
+        path = Path(file.name)
+        path.write_bytes(content)
+        for read in (read_json, read_jsonl):
+            try:
+                value = read(path)
+            except BobError as error:
+                assert len(str(error).splitlines()) == 1
+            else:
+                json.dumps(value, ensure_ascii=False, allow_nan=False).encode()

@@ -1,9 +1,15 @@
 """What a user hears of a mistake in params.yaml."""
 
+import json
+import math
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from bob.errors import BobError
@@ -40,8 +46,20 @@ def told():
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("data", "shots", "five", 'data.shots is "five"; allowed: a whole number from 1 or all'),
-        ("data", "shots", 0, "data.shots is 0; allowed: a whole number from 1 or all"),
+        ("data", "shots", "five", 'is "five"; allowed: a whole number from 1 to 1000000 or all'),
+        ("data", "shots", 0, "data.shots is 0; allowed: a whole number from 1 to 1000000 or all"),
+        ("data", "shots", 2.0, "data.shots is 2.0; allowed: a whole number from 1 to 1000000 or"),
+        ("data", "seed", 7.0, "data.seed is 7.0; allowed: a whole number from 0 to 2147483647"),
+        ("data", "seed", True, "data.seed is true; allowed: a whole number from 0"),
+        ("data", "imbalance", math.inf, "data.imbalance is no finite number; allowed: a number"),
+        ("data", "imbalance", math.nan, "data.imbalance is no finite number; allowed: a number"),
+        ("generate", "steps", -math.inf, "generate.steps is no finite number; allowed: a whole"),
+        ("generate", "images_per_class", 10**12, "images_per_class is 1000000000000; allowed: a"),
+        ("generate", "images_per_class", 10**999, "images_per_class is 100000"),
+        ("data", "name", "x" * 9999, 'data.name is "xxx'),
+        ("data", "name", ["x"] * 9999, 'data.name is ["x", "x"'),
+        ("data", "x" * 9999, 1, "xxx is not a known key; known here: name"),
+        ("data", "a\nb\x1b", 1, "data.a\\nb\\x1b is not a known key; known here: name"),
         ("data", "imbalance", 0.5, "data.imbalance is 0.5; allowed: a number from 1"),
         ("data", "name", "../mine", 'data.name is "../mine"; allowed: the name of a folder'),
         ("data", "test_fraction", 1.5, "allowed: a number above 0 below 1"),
@@ -83,6 +101,71 @@ def test_no_yaml_and_no_file_are_told(project):
     assert "params.yaml: not YAML" in told()
     (project / "params.yaml").unlink()
     assert "run from the folder that holds dvc.yaml" in told()
+
+
+def bomb(one: str) -> str:
+    """YAML of 9 ** 9 values: each line nine times the one before, by aliases."""
+    lines = [
+        f"a0: &a0 {one}",
+        *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)),
+    ]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (bomb("x"), "a7 is more than 1,000,000 values, as its aliases (*) repeat them"),
+        (
+            bomb("{x: 1}").replace("[*", "{<<: [*").replace("]", "]}"),
+            "a6.<< is more than 1,000,000",
+        ),
+        ("data: &data [*data]", "data is more than 1,000,000 values"),
+        ("data: " + "[" * 9999, "not YAML that bob reads (it is nested too deeply)"),
+        ("data:\n  seed: " + "9" * 9999, "data.seed is not what YAML allows (Exceeds the limit"),
+        ("data: [2001-13-01]", "data.0 is not what YAML allows (month must be in 1..12)"),
+        ("data: !!int x", "not what YAML allows (invalid literal"),
+        ("#" * 1_000_001, "longer than 1,000,000 characters"),
+        ("data: {? {a: b} : c}", "not YAML (while constructing a mapping"),
+        ("data:\n  name: 1e999", "data.name is no finite number; allowed: the name of a folder"),
+        ("3", "params.yaml: the content is 3; allowed: a section of parameters"),
+    ],
+)
+def test_yaml_that_nothing_can_be_done_with_is_one_line(project, content, message):
+    (project / "params.yaml").write_text(content)
+    assert message in told()
+
+
+def test_aliases_that_repeat_little_are_read(project):
+    (project / "params.yaml").write_text("a: &a {b: 1}\nc: *a\nd: {<<: *a, e: 2}\n")
+    read = params.read_yaml(project / "params.yaml")
+    assert read == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 1, "e": 2}}
+
+
+VALUES = st.one_of(
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.dates()),
+    *(st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers())),
+    st.sampled_from([".inf", "1e999", "!!int x", "*a", "&a [*a]", "2001-13-01", "9" * 5000]),
+)
+
+
+@settings(max_examples=60, derandomize=True, deadline=5000)
+@given(st.dictionaries(st.integers(0, 60), VALUES, max_size=3), st.text(max_size=9))
+def test_whatever_is_in_params_is_valid_or_one_line(changed, rest):
+    lines = [line.split(" #")[0] for line in (ROOT / "params.yaml").read_text().splitlines()]
+    for number, value in changed.items():
+        lines[number] = f"{lines[number].split(':')[0]}: {value}"
+    with tempfile.NamedTemporaryFile(suffix="\n.yaml") as file:
+        path = Path(file.name)
+        path.write_bytes("\n".join([*lines, rest]).encode("utf-8", "surrogatepass"))
+        try:
+            values = params.read_yaml(path)
+            params.check(path, values, params.schema())
+        except BobError as error:
+            assert "\\n.yaml" in str(error) and len(str(error).splitlines()) == 1
+        else:
+            assert type(values["data"]["seed"]) is int
+            json.dumps(values, allow_nan=False)
 
 
 def test_a_number_in_scientific_notation_is_a_number(project):

@@ -10,10 +10,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from bob.cache.recipe import Maker
-from bob.errors import BobError
+from bob.errors import BobError, tell
 
 T = TypeVar("T")
 
@@ -368,4 +366,4 @@ def _damaged(error: sqlite3.DatabaseError) -> bool:
 
 def warn(message: str) -> None:
     """A line on stderr that a progress bar does not swallow."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    tell(f"warning: {message}")

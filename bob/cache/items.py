@@ -14,7 +14,6 @@ has changed since: DVC itself does not notice an altered object.
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -36,7 +35,7 @@ from bob.cache.wanted import Wanted
 from bob.cache.work import Executor, Work
 from bob.dvc.remote import Remote
 from bob.dvc.store import ObjectStore
-from bob.errors import BobError
+from bob.errors import BobError, tell
 
 _FOLDER = "bob"  # in DVC's cache
 _WRITERS = 4  # threads that hash and write objects
@@ -206,11 +205,10 @@ class ItemCache:
             if wanted.differing and self._whole([one]):
                 how = f" ({wanted.differing(self.read(one.oid), self.read(ours[one.recipe].oid))})"
         changes = ", ".join(self._trials.code_changes(one.maker, wanted.maker))
-        tqdm.write(
+        tell(
             f"{self.stage}: the code has changed ({changes}); {len(unequal)} of {len(ours)} items "
             f"on trial came out otherwise{how}, so none of the {len(theirs)} that the earlier code "
-            "has made is reused",
-            file=sys.stderr,
+            "has made is reused"
         )
 
     # --- which objects are whole ---------------------------------------------------------------

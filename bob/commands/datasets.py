@@ -1,7 +1,6 @@
 """`bob dataset`: a public benchmark with its official split, in bob's layout, tracked by DVC."""
 
 import shutil
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -18,7 +17,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from tqdm import tqdm
 
 from bob.commands.fetch import check_free, track
-from bob.errors import BobError
+from bob.errors import BobError, shown, tell
 from bob.formats.files import replacing, sha256
 from bob.formats.names import class_name_of, folder_of
 
@@ -164,7 +163,7 @@ def dataset(name: str, source: Path | None, folder: Path) -> None:
         _write_about(draft / "dataset.yaml", benchmark.descriptor, parts)
     classes = {class_name for photos in parts.values() for _, class_name in photos}
     counts = ", ".join(f"{len(photos)} {part}" for part, photos in parts.items())
-    print(f"{folder}: {len(classes)} classes of {benchmark.descriptor}; photos: {counts}")
+    print(f"{shown(folder)}: {len(classes)} classes of {benchmark.descriptor}; photos: {counts}")
     track(folder)
 
 
@@ -250,7 +249,7 @@ def _distinct(parts: Parts, root: Path) -> Parts:
         else:
             copies.append(f"{listed} of {part} (is {other})")
     if copies:
-        print(f"dataset: warning: left out, being copies: {', '.join(copies)}", file=sys.stderr)
+        tell(f"dataset: warning: left out, being copies: {', '.join(copies)}")
     return kept
 
 

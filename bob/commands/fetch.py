@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bob.errors import BobError
+from bob.errors import LINE, BobError, shown
 from bob.formats.files import replacing
 
 _MODEL = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<commit>[0-9a-f]{40})")
@@ -85,4 +85,4 @@ def track(folder: Path) -> None:
             f"{folder} is there, but `dvc add {folder}` failed: {' '.join(added.stderr.split())}"
         )
     tracking = f"{folder}.dvc {folder.parent}/.gitignore"
-    print(f"DVC tracks {folder}; for queued experiments: git add {tracking}")
+    print(shown(f"DVC tracks {folder}; for queued experiments: git add {tracking}", LINE))

@@ -24,7 +24,7 @@ from bob.cache.items import ItemCache
 from bob.cache.recipe import Maker, bare, maker_of
 from bob.dvc.forecast import MAY_RUN, RUNS, UP_TO_DATE, Dependency, Forecast
 from bob.dvc.pipeline import CHANGED, MISSING, NEW, UNCACHED, Parameters, Pipeline
-from bob.errors import BobError
+from bob.errors import LINE, BobError, shown
 from bob.formats.params import PARAMS
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def why(names: Sequence[str] = ()) -> None:
             found, idle = causes.of(name)
             causes_of_it = [cause.text for cause in found] or [UP_TO_DATE]
             for line in (*causes_of_it, *idle, *notes(name)):
-                click.echo(f"{name}: {line}")
+                click.echo(shown(f"{name}: {line}", LINE))
 
 
 # --- the pipeline --------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from bob.errors import BobError
+from bob.errors import BobError, shown
 
 
 @contextmanager
@@ -105,26 +106,41 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises BobError naming the file when it is missing or malformed."""
-    try:
-        return json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise BobError(f"{path}: not JSON ({error})") from None
+    return _parsed(_read(path), str(path))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; raises BobError naming the file and the line that is no JSON object."""
     rows = []
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    # Not by `splitlines`: a class's name may hold what that takes for the end of a line.
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BobError(f"{path}, line {number}: not JSON ({error})") from None
+        where = f"{path}, line {number}"
+        row = _parsed(line, where)
         if not isinstance(row, dict):
-            raise BobError(f"{path}, line {number}: a JSON object was expected, found {line[:40]}")
+            raise BobError(f"{where}: a JSON object was expected, found {shown(line, 40)}")
         rows.append(row)
     return rows
+
+
+def _parsed(text: str, where: str) -> Any:
+    """The value of a JSON text of finite numbers; raises BobError that begins with `where`."""
+    try:
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        if "\\u" in text:  # half of a character, "\ud83d", could be written nowhere
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise BobError(f"{where}: not JSON that bob reads (it is nested too deeply)") from None
+    except ValueError as error:  # also of a number with thousands of digits
+        raise BobError(f"{where}: not JSON ({shown(error)})") from None
+    return value
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{shown(number, 40)} is no finite number")
+    return value
 
 
 def _read(path: Path) -> str:
@@ -136,6 +152,8 @@ def _read(path: Path) -> str:
         ) from None
     except UnicodeDecodeError:
         raise BobError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise BobError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def sha256(path: Path) -> str:

@@ -2,22 +2,44 @@
 
 import difflib
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
+from jsonschema.validators import extend
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from bob.errors import BobError
+from bob.errors import BobError, shown
 from bob.formats.files import replacing_file
 
 PARAMS = Path("params.yaml")
 PIPELINE = Path("dvc.yaml")
+YAML_SIZE = 1_000_000  # characters that are read, and values, as aliases repeat them
+
+
+def _is_whole(_: object, value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(_: object, value: object) -> bool:
+    return _is_whole(_, value) or (isinstance(value, float) and math.isfinite(value))
+
+
+# In JSON schema 2.0 is an integer; no count of anything is 2.0 in Python. Infinity is above every
+# minimum, and NaN is not below it.
+_Validator = extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine_many(
+        {"integer": _is_whole, "number": _is_finite}
+    ),
+)
 
 
 class Params:
@@ -106,7 +128,7 @@ def select(values: Mapping[str, Any], keys: Iterable[str], stage: str) -> dict[s
 
 def check(path: Path, values: Any, rules: Mapping[str, Any]) -> None:
     """Check the content of the file at `path` against a JSON schema; raises BobError."""
-    errors = list(Draft202012Validator(rules).iter_errors(values))
+    errors = list(_Validator(rules).iter_errors(values))
     if errors:
         # A misspelt key is also a missing one; the misspelling is what the user wants to hear of.
         first = min(errors, key=lambda error: (error.validator == "required", error.json_path))
@@ -120,7 +142,7 @@ def _explain(error: ValidationError) -> str:
     path = [str(part) for part in error.absolute_path]
     if error.validator == "additionalProperties":
         known = list(rule["properties"])
-        unknown = next(str(key) for key in instance if key not in known)
+        unknown = shown(next(key for key in instance if key not in known))
         near = difflib.get_close_matches(unknown, known, n=1)
         hint = (
             f"did you mean {'.'.join([*path, near[0]])}?"
@@ -132,8 +154,11 @@ def _explain(error: ValidationError) -> str:
         missing = next(key for key in rule["required"] if key not in instance)
         allowed = _allowed(rule["properties"][missing])
         return f"{'.'.join([*path, missing])} is missing; allowed: {allowed}"
-    found = json.dumps(instance, ensure_ascii=False, default=str)
-    return f"{'.'.join(path) or 'the content'} is {found}; allowed: {_allowed(rule)}"
+    where = shown(".".join(path) or "the content")
+    if isinstance(instance, float) and not math.isfinite(instance):
+        return f"{where} is no finite number; allowed: {_allowed(rule)}"
+    found = json.dumps(instance, ensure_ascii=False, default=str, skipkeys=True)
+    return f"{where} is {shown(found)}; allowed: {_allowed(rule)}"
 
 
 _TYPES = {
@@ -175,10 +200,69 @@ def _allowed(rule: Mapping[str, Any]) -> str:
 def read_yaml(path: Path) -> Any:
     """Read a YAML 1.2 file with DVC's own parser: 1e-4 is a number (for PyYAML it is text)."""
     try:
-        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if len(text) > YAML_SIZE:
+            raise BobError(f"{path}: longer than {YAML_SIZE:,} characters")
+        if "*" in text:
+            _check_aliases(path, YAML(typ="safe").compose(text))
+        return YAML(typ="safe").load(text)
     except FileNotFoundError:
         raise BobError(
             f"{path} is not in {Path.cwd()}; run from the folder that holds dvc.yaml"
         ) from None
     except YAMLError as error:
-        raise BobError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        raise BobError(f"{path}: not YAML ({shown(' '.join(str(error).split()), 400)})") from None
+    except RecursionError:
+        raise BobError(f"{path}: not YAML that bob reads (it is nested too deeply)") from None
+    except UnicodeDecodeError:
+        raise BobError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise BobError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:  # of a number with thousands of digits, of a 13th month
+        where = "".join(f"{key} is " for key in _unreadable(text))
+        raise BobError(f"{path}: {where}not what YAML allows ({shown(error)})") from None
+
+
+def _check_aliases(path: Path, root: Node | None) -> None:
+    """Raise BobError where the aliases of a YAML document make too many values of it."""
+    sizes: dict[int, int] = {}
+
+    def size(node: Node, key: str) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = YAML_SIZE  # of one that is a part of itself
+            sizes[id(node)] = 1 + sum(size(part, name) for name, part in _parts(node, key))
+            if sizes[id(node)] > YAML_SIZE:
+                raise BobError(
+                    f"{path}: {shown(key or 'the content')} is more than {YAML_SIZE:,} values, as "
+                    "its aliases (*) repeat them; write it without"
+                )
+        return sizes[id(node)]
+
+    if root is not None:
+        size(root, "")
+
+
+def _parts(node: Node, key: str) -> Iterator[tuple[str, Node]]:
+    """The nodes right under one, with their dotted keys."""
+    if isinstance(node, MappingNode):
+        for name, value in node.value:
+            yield key, name
+            yield f"{key}.{name.value}".removeprefix("."), value
+    elif isinstance(node, SequenceNode):
+        for number, value in enumerate(node.value):
+            yield f"{key}.{number}".removeprefix("."), value
+
+
+def _unreadable(text: str) -> list[str]:
+    """The dotted key of the first plain value that cannot be read alone."""
+
+    def search(node: Node, key: str) -> Iterator[str]:
+        if isinstance(node, ScalarNode):
+            try:
+                YAML(typ="safe").load(node.value)
+            except (ValueError, YAMLError):
+                yield shown(key)
+        for name, part in _parts(node, key):
+            yield from search(part, name)
+
+    return list(search(YAML(typ="safe").compose(text), ""))[:1]

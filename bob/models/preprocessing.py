@@ -1,15 +1,25 @@
 """How an image becomes a network's input."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from bob.formats.photos import batches, open_image
+from bob.formats.photos import open_image
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+AHEAD = 32  # items that a thread may be ahead
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,12 @@ def read_pixels(path: str | Path, preprocessing: Preprocessing) -> Tensor:
 
     Raises BobError naming a file that is missing or no image.
     """
-    transform = create_transform(
+    return _transform(preprocessing)(open_image(path))
+
+
+@cache
+def _transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
+    return create_transform(
         input_size=(3, *preprocessing.size),
         is_training=False,
         use_prefetcher=True,  # timm's word for: give uint8, normalisation comes later
@@ -61,7 +76,27 @@ def read_pixels(path: str | Path, preprocessing: Preprocessing) -> Tensor:
         crop_pct=preprocessing.crop_pct,
         crop_mode=preprocessing.crop_mode,
     )
-    return transform(open_image(path))
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
+    """`function` of each item, in order, computed ahead in as many threads as torch has.
+
+    For decoding images, which lets other threads run. AHEAD items a thread at most, so that
+    memory does not grow where the results are taken slowly. What is raised is raised in its place.
+    """
+    threads = torch.get_num_threads()
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > AHEAD * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -75,6 +110,6 @@ def read_inputs(
     paths: Sequence[str | Path], preprocessing: Preprocessing, batch_size: int = 64
 ) -> Iterator[Tensor]:
     """Network inputs of the images, in order and in batches: float32 [<= batch_size, 3, H, W]."""
-    for batch in batches(paths, batch_size):
-        pixels = [read_pixels(path, preprocessing) for path in batch]
+    decoded = in_threads(lambda path: read_pixels(path, preprocessing), paths)
+    while pixels := list(islice(decoded, batch_size)):
         yield normalise(torch.stack(pixels), preprocessing)

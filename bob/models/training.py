@@ -6,6 +6,7 @@ arXiv 2510.24078).
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data.transforms import str_to_interp_mode
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
@@ -24,15 +24,17 @@ from bob.errors import BobError
 from bob.formats.photos import Task, open_image
 from bob.models.backbones import Backbone, predict
 from bob.models.classifiers import weights_file
+from bob.models.crops import FILTERS, cropped, crops_at_once, draw_crop
 from bob.models.device import autocast, computing_device
 from bob.models.precision import dtype_name, hardware, resolve_precision
-from bob.models.preprocessing import Preprocessing, normalise, read_pixels
+from bob.models.preprocessing import Preprocessing, in_threads, normalise, read_pixels
 
 # Named in a classifier's key in the item cache: the modules that train it, and what they stand on;
 # those of the backbone's kind come on top.
 MADE_BY = (
     "models.backbones",
     "models.classifiers",
+    "models.crops",
     "models.device",
     "models.loading",
     "models.precision",
@@ -45,8 +47,7 @@ LIBRARIES = ("pillow", "timm", "torch", "torchvision")
 FINAL_LEARNING_RATE = 1e-8
 VALIDATIONS = 10
 KEPT_BYTES = 4 * 2**30  # of decoded images, for each source
-CROP_AREA = (0.5, 1.0)  # share of the image; smaller crops would lose the part that tells classes
-CROP_ASPECT = (3 / 4, 4 / 3)
+CPU = torch.device("cpu")
 
 Result = dict[str, float | int | None]
 """Of one training on validation: the epoch kept, its top1 and its loss."""
@@ -149,7 +150,9 @@ class Trainer:
         return self._images(self._synthetic)
 
     def _images(self, images: Labelled) -> "TrainingImages":
-        return TrainingImages(images, len(self._task.classes), self._backbone.preprocessing)
+        return TrainingImages(
+            images, len(self._task.classes), self._backbone.preprocessing, computing_device()
+        )
 
     @cached_property
     def _validation_images(self) -> "Validation | None":
@@ -203,16 +206,24 @@ class TrainingImages:
     """Labelled images of one source, real or synthetic, served as randomly cropped batches.
 
     Decoding and shrinking an image costs more than cropping it, and a few-shot set is seen dozens
-    of times; so shrunk images stay in memory, as bytes, up to KEPT_BYTES, and the rest is decoded
-    again each time.
+    of times; so shrunk images stay in memory, as bytes, as many as fit, and the rest is decoded
+    again each time. They stay on `device`; on a GPU a batch is cropped there at once.
     """
 
-    def __init__(self, images: Labelled, classes: int, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        images: Labelled,
+        classes: int,
+        preprocessing: Preprocessing,
+        device: torch.device = CPU,
+    ) -> None:
         self.paths = images.paths
-        self.targets = F.one_hot(torch.tensor(images.labels), classes).float()
+        self.targets = F.one_hot(torch.tensor(images.labels), classes).float().to(device)
         self.preprocessing = preprocessing
+        self._device = device
+        # The cores crop one by one faster than they multiply; a GPU would wait for the cores.
+        self._at_once = device.type == "cuda" and preprocessing.interpolation in FILTERS
         self._kept: dict[int, Tensor] = {}
-        self._room = KEPT_BYTES
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -222,47 +233,50 @@ class TrainingImages:
 
         The draws from `random` are as many for every image, whatever its size.
         """
-        draws = torch.rand(len(indices), 5, generator=random)
-        images = [
-            self._crop(self._pixels(int(index)), *draw.tolist())
-            for index, draw in zip(indices, draws, strict=True)
+        if not self._kept:
+            self._read()
+        draws = torch.rand(len(indices), 5, generator=random).tolist()
+        images = [self._pixels(index) for index in indices.tolist()]
+        crops = [
+            draw_crop(draw, *image.shape[1:]) for draw, image in zip(draws, images, strict=True)
         ]
-        return normalise(torch.stack(images), self.preprocessing), self.targets[indices]
+        how = (self.preprocessing.size, self.preprocessing.interpolation)
+        if self._at_once:
+            pixels = crops_at_once(images, crops, *how)
+        else:
+            pairs = zip(images, crops, strict=True)
+            pixels = torch.stack([cropped(image, crop, *how) for image, crop in pairs])
+        return normalise(pixels, self.preprocessing), self.targets[indices.to(self._device)]
 
-    def _crop(
-        self, pixels: Tensor, area: float, aspect: float, top: float, left: float, flip: float
-    ) -> Tensor:
-        """The crop of Inception (arXiv 1409.4842) from five uniform draws, uint8 [3, H, W]."""
-        height, width = pixels.shape[1:]
-        surface = height * width * (CROP_AREA[0] + area * (CROP_AREA[1] - CROP_AREA[0]))
-        low, high = map(math.log, CROP_ASPECT)
-        ratio = math.exp(low + aspect * (high - low))
-        h = min(height, round(math.sqrt(surface / ratio)))
-        w = min(width, round(math.sqrt(surface * ratio)))
-        crop = tv.resized_crop(
-            pixels,
-            round(top * (height - h)),
-            round(left * (width - w)),
-            h,
-            w,
-            list(self.preprocessing.size),
-            str_to_interp_mode(self.preprocessing.interpolation),
-        )
-        return crop.flip(-1) if flip < 0.5 else crop
+    def _read(self) -> None:
+        """Decode as many images as may be kept, in threads."""
+        room = room_for_images(self._device)
+        with closing(in_threads(self._decode, range(len(self)))) as decoded:
+            for index, pixels in enumerate(decoded):
+                room -= pixels.nbytes
+                if room < 0 and self._kept:
+                    return
+                self._kept[index] = pixels
 
     def _pixels(self, index: int) -> Tensor:
-        if index in self._kept:
-            return self._kept[index]
+        return self._kept[index] if index in self._kept else self._decode(index)
+
+    def _decode(self, index: int) -> Tensor:
         image = open_image(self.paths[index])
         # As large as evaluation sees it before its crop; more would be shrunk away again.
         shorter = math.ceil(max(self.preprocessing.size) / self.preprocessing.crop_pct)
         if min(image.size) > shorter:
             image = tv.resize(image, [shorter])
         pixels = tv.pil_to_tensor(image)
-        if pixels.nbytes <= self._room:
-            self._room -= pixels.nbytes
-            self._kept[index] = pixels
-        return pixels
+        return pixels.to(self._device) if self._at_once else pixels
+
+
+def room_for_images(device: torch.device) -> int:
+    """Bytes of decoded images that may be kept, for each of the two sources."""
+    if device.type != "cuda":
+        return KEPT_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(KEPT_BYTES, free // 8)  # the network and its activations come later
 
 
 @dataclass(frozen=True)
@@ -277,12 +291,14 @@ class Validation:
     @classmethod
     def read(cls, photos: Labelled, preprocessing: Preprocessing) -> "Validation":
         """Decode the photos; they are looked at many times."""
-        pixels = torch.stack([read_pixels(path, preprocessing) for path in photos.paths])
+        decoded = in_threads(lambda path: read_pixels(path, preprocessing), photos.paths)
+        pixels = torch.stack(list(decoded))
         return cls(list(pixels.split(64)), torch.tensor(photos.labels), preprocessing)
 
     def measure(self, model: nn.Module, device: torch.device) -> tuple[float, float]:
         """Top-1 accuracy in percent, and mean cross-entropy."""
-        inputs = (normalise(batch, self.preprocessing) for batch in self.pixels)
+        # As bytes to the device: a quarter of what floats would be.
+        inputs = (normalise(batch.to(device), self.preprocessing) for batch in self.pixels)
         logits = predict(model, inputs, device)
         top1 = 100 * (logits.argmax(1) == self.labels).double().mean().item()
         return top1, F.cross_entropy(logits, self.labels).item()
@@ -433,7 +449,7 @@ def mixed(
     has the same shapes, and its rows sum to one. The share is Beta(1, 1), one for the batch.
     """
     whether, share, top, left = torch.rand(4, generator=random).tolist()
-    partner = torch.randperm(len(images), generator=random)
+    partner = torch.randperm(len(images), generator=random).to(images.device)
     if recipe.mix == "none" or whether >= recipe.mix_probability:
         return images, targets
     if recipe.mix == "mixup":

@@ -95,6 +95,7 @@ const results = {
     add('ONNX, fp32', onnx, '', onnx.top1, onnx.model_mb);
     for (const [name, of] of Object.entries(onnx)) {
       if (of && typeof of === 'object' && batches(of).length) add(`ONNX, ${name}`, of, '', of.top1, of.model_mb);
+      else if (of?.survived === false) rows.push(h('tr', {}, h('td', { colspan: 6 }, `ONNX, ${name}: this network does not survive it`)));
     }
     add('torch', onnx, 'torch_', onnx.torch_top1, null);
     return h('div', {}, h('table', {}, h('tr', {}, ['runtime', 'top-1, %', 'MB', 'batch', 'median, ms', 'images/s']

@@ -1,7 +1,6 @@
 """Stage caption: the caption bank, one (background, pose) pair for every shot (paper: step 1)."""
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from bob.cache.lists import Item, write_items
 from bob.cache.recipe import item_key, maker_of
 from bob.cache.wanted import Wanted
 from bob.cache.work import Work
-from bob.errors import BobError
+from bob.errors import BobError, tell
 from bob.formats.files import replacing
 from bob.formats.layout import BANK, CAPTION, CAPTION_ITEMS, TRAIN
 from bob.formats.params import Params
@@ -149,11 +148,10 @@ def captioned(ask: Ask, photos: Sequence[Photo], task: Task) -> list[Entry]:
         photo.path for photo, entry in zip(photos, entries, strict=True) if entry.context is None
     ]
     if without:
-        print(
+        tell(
             f"caption: warning: no usable answer in {len(INSISTENCE)} tries for "
             f"{len(without)} of {len(photos)} photos, which keep the caption without context: "
-            f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}",
-            file=sys.stderr,
+            f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}"
         )
     return entries
 

@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 from bob.errors import BobError
 from bob.formats import layout
 from bob.formats.files import read_json, replacing_file, sha256
-from bob.formats.manifest import read_manifest
+from bob.formats.manifest import Generated, read_manifest
 from bob.formats.params import Params
 from bob.formats.photos import read_photos
 
@@ -109,17 +109,27 @@ def _data(classes: Sequence[str], params: Params) -> str:
         Counter(photo.class_name for photo in read_photos(path))
         for path in (layout.TRAIN, layout.VAL, layout.TEST)
     ]
-    counts.append(Counter(image.class_name for image in read_manifest(layout.GENERATED)))
+    generated = read_manifest(layout.GENERATED)
+    counts.append(Counter(image.class_name for image in generated))
     rows: list[Row] = [(name, *(count[name] for count in counts)) for name in classes]
     rows.append(("**all**", *(count.total() for count in counts)))
     header = ("class", "training", "validation", "test", "generated")
     return f"""## Data
 
 Photos of the dataset `{params.data.name}`, and images generated for training. None of them is in
-this folder. Nothing was chosen by the test photos.
+this folder. Nothing was chosen by the test photos.{_rejected(generated)}
 
 {_table(header, rows)}
 """
+
+
+def _rejected(generated: Sequence[Generated]) -> str:
+    """How many images a person has rejected: their numbers are missing, the next have come in."""
+    last = {image.class_name: image.number for image in generated}  # in the order of their numbers
+    rejected = sum(last.values()) + len(last) - len(generated)
+    if not rejected:
+        return ""
+    return f" Generated images that a person has rejected and that others replace: {rejected}."
 
 
 def _method(trained: dict[str, Any], params: Params) -> str:

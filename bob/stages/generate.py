@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from bob.cache.lists import Item, write_items
 from bob.cache.recipe import item_key, maker_of
 from bob.cache.wanted import Wanted
 from bob.cache.work import Work
+from bob.errors import tell
 from bob.formats.files import replacing
 from bob.formats.layout import BANK, GENERATE, GENERATED, GENERATED_ITEMS, LORA, REVIEW
 from bob.formats.manifest import Generated, check_files, write_manifest
@@ -228,11 +228,10 @@ def _warn_of_many(passed_over: Mapping[str, int], left: Mapping[str, int]) -> No
     many = [name for name, count in passed_over.items() if count > left[name]]
     if many:
         named = ", ".join(f"{name} ({passed_over[name]} and {left[name]})" for name in many[:3])
-        print(
+        tell(
             f"generate: warning: more images are rejected than are left of {named}"
             f"{' ...' if len(many) > 3 else ''}; a set chosen like this is no longer what the "
-            "method makes: other captions or another finetune or generate.guidance_scale may help",
-            file=sys.stderr,
+            "method makes: other captions or another finetune or generate.guidance_scale may help"
         )
 
 

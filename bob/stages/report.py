@@ -9,7 +9,6 @@ import json
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 import click
 import jinja2
-import torch
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
@@ -38,7 +36,7 @@ from bob.models.classifiers import (
     read_trained,
 )
 from bob.models.device import computing_device
-from bob.models.preprocessing import read_inputs
+from bob.models.preprocessing import in_threads, read_inputs
 
 PAGE = Path(__file__).parent.parent / "page"
 SCRIPTS = ("model", "gallery", "contexts", "results", "decisions", "app")
@@ -175,8 +173,7 @@ def _write_thumbnails(entries: Sequence[Entry], folder: Path) -> int:
         image.save(folder / f"{number:06d}.webp", quality=85, lossless=longest <= PIXEL_ART)
         return longest
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return max(pool.map(write, enumerate(entries)), default=0)
+    return max(in_threads(write, enumerate(entries)), default=0)
 
 
 def columns(entries: Sequence[Entry], task: Task) -> dict[str, Any]:

@@ -6,7 +6,6 @@ dataset is laid out, and editing a test photo does not fine-tune a model again.
 
 import hashlib
 import shutil
-import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bob.errors import BobError
+from bob.errors import BobError, tell
 from bob.formats.files import replacing, sha256
 from bob.formats.layout import CLASSES, SPLIT, TEST, TRAIN, VAL
 from bob.formats.names import class_name_of
@@ -343,4 +342,4 @@ def _some(items: Iterable[str], limit: int = 5) -> str:
 
 
 def _warn(message: str) -> None:
-    print(f"split: warning: {message}", file=sys.stderr)
+    tell(f"split: warning: {message}")

@@ -25,7 +25,7 @@ from bob.cache.executors.watch import Watch, reach
 from bob.cache.executors.worker import Greeting, Refused, Worker
 from bob.cache.recipe import Maker
 from bob.cache.work import Hardware, Keep, Made, Work
-from bob.errors import BobError
+from bob.errors import BobError, tell
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # What finds out the hardware is given no GPU and must see those that there are.
@@ -297,7 +297,7 @@ class Cluster:
 
     def _leave_alone(self, one: _Hand, reason: str) -> None:
         if one.node not in self._reasons:
-            tqdm.write(f"warning: {one.name} is not used; {reason}", file=sys.stderr)
+            tell(f"warning: {one.name} is not used; {reason}")
         self._reasons[one.node] = f"{one.name}: {reason}"
         for hand in self._hands:
             hand.parked |= hand.node == one.node and hand.batch is None

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
+from bob.errors import LINE, shown
+
 SECONDS_TO_JOIN = 120
 SECONDS_TO_ANSWER = 20  # Ray gives up after 30 to 60, in many lines
 _SECONDS_BETWEEN_LOOKS = 2.0
@@ -68,6 +70,6 @@ class Watch:
 
 
 def _end(reason: str) -> NoReturn:
-    print(f"bob: {reason}", file=sys.stderr)
+    print(shown(f"bob: {reason}", LINE), file=sys.stderr)
     sys.stderr.flush()
     os._exit(1)

@@ -6,7 +6,6 @@ Origin keep other sites that are open in the same browser from asking in its nam
 
 import json
 import secrets
-import sys
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -22,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bob.commands.look.pages import INDEX, read_served
 from bob.commands.look.review import Changes, Review
-from bob.errors import BobError
+from bob.errors import BobError, tell
 
 MIB = 1024**2
 PHOTO, DECISIONS = 50 * MIB, 32 * MIB  # of a request's body, at most
@@ -173,7 +172,7 @@ class Gate:
             pass
         except Exception as error:  # one line, and the next request is answered
             where = f"{scope['method']} {scope['path']}"
-            print(f"bob look: {where}: {type(error).__name__}: {error}", file=sys.stderr)
+            tell(f"bob look: {where}: {type(error).__name__}: {error}")
             if not begun:
                 text = f"bob look failed ({type(error).__name__}: {error})"
                 await _error(500, text)(scope, receive, sending)

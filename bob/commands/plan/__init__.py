@@ -19,7 +19,7 @@ from bob.commands.why import Causes
 from bob.dvc.forecast import MAY_RUN, RUNS, Forecast
 from bob.dvc.overrides import overridden
 from bob.dvc.pipeline import Pipeline
-from bob.errors import BobError
+from bob.errors import LINE, BobError, shown
 from bob.formats import params
 from bob.formats.params import Params
 from bob.models import gpus
@@ -80,7 +80,7 @@ def _print(
                 work = to_do(project)
             lines = notes(of, states, work, machine)
     for line in (*table(states, work, because, machine), "", *lines):
-        click.echo(line)
+        click.echo(shown(line, LINE))
 
 
 @contextmanager

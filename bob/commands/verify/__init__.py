@@ -34,14 +34,14 @@ from ruamel.yaml import YAML
 from bob.commands.verify import observe
 from bob.dvc import pipeline
 from bob.dvc.store import copy_file
-from bob.errors import BobError
+from bob.errors import LINE, BobError, shown
 from bob.formats.files import sha256
 from bob.formats.params import PARAMS, PIPELINE, read_yaml, select
 
 SCHEMA = "bob/formats/params.schema.json"
 # They check and dispatch, and are no stage's dependencies.
 EXEMPT = (
-    *("bob/__main__.py", "bob/cli.py", "bob/formats/params.py", SCHEMA),
+    *("bob/__main__.py", "bob/cli.py", "bob/failures.py", "bob/formats/params.py", SCHEMA),
     *("bob/__init__.py", "bob/cache/__init__.py", "bob/dvc/__init__.py"),
     "bob/formats/__init__.py",
     *("bob/miniature/__init__.py", "bob/models/__init__.py", "bob/stages/__init__.py"),
@@ -117,7 +117,7 @@ def verify(names: Sequence[str] = ()) -> bool:
     for stage in stages:
         found = check(stage, root)
         for finding in found or [f"clean ({len(stage.deps)} dependencies)"]:
-            click.echo(f"{stage.name}: {finding}")
+            click.echo(shown(f"{stage.name}: {finding}", LINE))
         findings += len(found)
     click.echo(f"stages: {len(stages)}, findings: {findings}")
     return findings == 0
@@ -219,6 +219,7 @@ class Sandbox:
         } | {
             "HOME": str(self._home),
             "TMPDIR": str(self._home),
+            "BOB_DEBUG": "1",  # a traceback's last line is the reason, and no file is kept
             "PYTHONDONTWRITEBYTECODE": "1",  # so that every import opens the module's source
             "PYTHONHASHSEED": "random",
         }
