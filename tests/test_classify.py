@@ -22,7 +22,7 @@ from bob.formats.photos import Task, read_photos, read_task, write_photos
 from bob.models import classifiers, training
 from bob.models.backbones import load_timm, open_backbone
 from bob.models.classifiers import load_classifier, read_trained
-from bob.models.machine import device_name
+from bob.models.precision import device_name
 from bob.models.preprocessing import Preprocessing, read_inputs
 from bob.models.training import (
     Recipe,

@@ -29,7 +29,7 @@ from bob.models import classifiers
 from bob.models.backbones import load_network, open_backbone
 from bob.models.classifiers import load_classifier, read_trained
 from bob.models.clip import ImageTextScorer, add_lora
-from bob.models.machine import device_name
+from bob.models.precision import device_name
 from bob.models.preprocessing import read_inputs
 from bob.models.training import Validation, parameter_groups
 from bob.stages import benchmark, classify, evaluate, export

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from bob.cache import checkpoints
@@ -24,7 +23,7 @@ from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, write_photos, write_task
 from bob.formats.prompts import Context, Entry, write_bank
 from bob.models import denoising
-from bob.models.machine import device_name
+from bob.models.precision import device_name
 from bob.stages import finetune
 from tests.builders import build_photos, build_text_to_image
 from tests.conftest import ROOT
@@ -195,15 +194,6 @@ def test_a_checkpoint_is_due_after_its_time(tmp_path, monkeypatch):
     assert not checkpoint.is_due()
     monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN", 0.0)
     assert checkpoint.is_due()
-
-
-def test_too_little_memory_is_told_in_one_line(project, monkeypatch):
-    def run_out(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-
-    monkeypatch.setattr(denoising, "train", run_out)
-    with pytest.raises(BobError, match=r"^finetune: .* too little memory; raise .*accumulation"):
-        run()
 
 
 def test_the_last_line_says_on_what_the_lora_was_trained(project, capsys):

@@ -19,9 +19,9 @@ from bob.formats.params import Params
 from bob.formats.photos import Task, write_task
 from bob.formats.prompts import Context, Entry, read_bank, write_bank
 from bob.formats.review import KEEP, REJECT, Verdict, decide
-from bob.models import diffusion, sampling
+from bob.models import diffusion
 from bob.models.lora import add_lora, save_lora
-from bob.models.machine import device_name
+from bob.models.precision import device_name
 from bob.models.sampling import ImageMaker, png
 from bob.stages import generate
 from tests.builders import build_text_to_image
@@ -177,15 +177,6 @@ def test_of_a_rejected_image_the_next_of_its_class_is_made(project, capsys):
     assert before.keys() - after.keys() == {"images/Tit/0000.png"}
     decide({tit.recipe: None}, REVIEW / "birds.jsonl")
     assert run(capsys) == (before, 4, 0)
-
-
-def test_too_little_memory_is_told_in_one_line(project, capsys, monkeypatch):
-    def run_out(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-
-    monkeypatch.setattr(sampling, "sample", run_out)
-    with pytest.raises(BobError, match=r"^generate: .* too little memory; lower .*batch_size$"):
-        run(capsys)
 
 
 def test_the_last_line_says_how_many_were_rejected_and_a_warning_of_too_many(project, capsys):

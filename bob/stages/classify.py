@@ -12,7 +12,6 @@ which epoch is kept; test photos are never looked at.
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from bob.models.classifiers import (
     weights_path,
     write_trained,
 )
-from bob.models.machine import device_name, enough_memory
+from bob.models.precision import device_name
 from bob.models.training import Labelled, Recipe, Trainer
 
 SETS = ("real", "synthetic", "validation")  # of images, among what decides a classifier
@@ -165,14 +164,8 @@ def _taken(
     def files(numbers: list[int]) -> Mapping[Path, str]:
         return backbone(numbers) | trainer.files(with_synthetic)
 
-    work = Work(partial(_make, trainer), inputs, files=files)
-    rows = cache.take(wanted, work, 1, "training")
+    rows = cache.take(wanted, Work(trainer.make, inputs, files=files), 1, "training")
     return {(variant, seed): row for seed, row in zip(seeds, rows, strict=True)}
-
-
-def _make(trainer: Trainer, with_synthetic: bool, seed: int, title: str) -> list[bytes]:
-    with enough_memory("classify", "lower classify.batch_size"):
-        return trainer.make(with_synthetic, seed, title)
 
 
 def classifiers_wanted(

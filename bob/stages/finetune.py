@@ -23,8 +23,7 @@ from bob.formats.photos import Photo, Task, read_photos, read_task
 from bob.formats.prompts import Entry, prompt, read_bank
 from bob.models import finetuning
 from bob.models.lora import LORA_FILE
-from bob.models.machine import device_name, enough_memory
-from bob.models.precision import dtype_name, resolve_precision
+from bob.models.precision import device_name, dtype_name, resolve_precision
 
 # Of the parameters, those that decide the run beside model, captions and precision.
 DECIDING = (
@@ -111,12 +110,7 @@ def _train(
     numbers: Sequence[int], checkpoint: tuple[Path, str], training: Mapping[str, Any]
 ) -> list[bytes]:
     """Of the LoRA and its losses those that are asked for."""
-    advice = (
-        "raise finetune.gradient_accumulation, set finetune.gradient_checkpointing to true or "
-        "finetune.precision to bf16 or fp16"
-    )
-    with enough_memory("finetune", advice):
-        made = finetuning.train(**training, checkpoint=Checkpoint(*checkpoint))
+    made = finetuning.train(**training, checkpoint=Checkpoint(*checkpoint))
     return [made[number] for number in numbers]
 
 

@@ -4,11 +4,8 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from bob.cache.index import Row
 from bob.cache.items import ItemCache
@@ -26,7 +23,7 @@ from bob.formats.photos import Task, read_task
 from bob.formats.prompts import Context, Entry, drawn_from, prompt, read_bank
 from bob.formats.review import rejected
 from bob.models import sampling
-from bob.models.machine import device_name, enough_memory
+from bob.models.precision import device_name
 
 
 def run(params: Params) -> None:
@@ -86,16 +83,8 @@ def take_items(
         return [image.prompt for image in batch], [image.seed for image in batch]
 
     wanted = images_wanted(_decided_by(params, cache), planned)
-    files = cache.reading(base_model, LORA)
-    work = Work(partial(_make, maker), inputs, sampling.png, files)
+    work = Work(maker.make, inputs, sampling.png, cache.reading(base_model, LORA))
     return cache.take(wanted, work, settings.batch_size, "generating")
-
-
-def _make(
-    maker: sampling.ImageMaker, prompts: Sequence[str], seeds: Sequence[int]
-) -> list[Image.Image]:
-    with enough_memory("generate", "lower generate.batch_size"):
-        return maker.make(prompts, seeds)
 
 
 def image_maker(base_model: Path, settings: Any) -> sampling.ImageMaker:
