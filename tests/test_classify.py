@@ -22,6 +22,7 @@ from bob.formats.photos import Task, read_photos, read_task, write_photos
 from bob.models import classifiers, training
 from bob.models.backbones import load_timm, open_backbone
 from bob.models.classifiers import load_classifier, read_trained
+from bob.models.precision import device_name
 from bob.models.preprocessing import Preprocessing, read_inputs
 from bob.models.training import (
     Recipe,
@@ -420,7 +421,7 @@ def test_a_head_loses_no_class_to_a_backbone_that_had_one_for_the_background(
 def reused_and_made(capfd: pytest.CaptureFixture[str], **changes: object) -> str:
     classify.run(classify_params(epochs=2, **changes))
     last_line = capfd.readouterr().out.splitlines()[-1]
-    return last_line.rpartition("; ")[2]
+    return last_line.rpartition("; ")[2].removesuffix(f" on {device_name()}")
 
 
 def test_only_the_classifiers_that_a_change_concerns_are_trained(

@@ -29,6 +29,7 @@ from bob.models import classifiers
 from bob.models.backbones import load_network, open_backbone
 from bob.models.classifiers import load_classifier, read_trained
 from bob.models.clip import ImageTextScorer, add_lora
+from bob.models.precision import device_name
 from bob.models.preprocessing import read_inputs
 from bob.models.training import Validation, parameter_groups
 from bob.stages import benchmark, classify, evaluate, export
@@ -237,7 +238,7 @@ def test_the_prompts_and_the_rank_decide_a_clip_and_the_prompts_no_timm_network(
     def made(**changes: object) -> str:
         classify.run(classify_params(**{**changes, "epochs": 1, "seeds": [0]}))
         last_line = capfd.readouterr().out.splitlines()[-1]
-        return last_line.rpartition("; ")[2]
+        return last_line.rpartition("; ")[2].removesuffix(f" on {device_name()}")
 
     def both(**changes: object) -> tuple[str, str]:
         return made(**{**LORA, **changes}), made()
@@ -325,7 +326,7 @@ def test_weights_that_do_not_fit_are_not_left_random(project: Path) -> None:
     for unfit in (None, torch.zeros(3, 3)):
         changed = {**weights, "visual_projection.weight": unfit}
         save_file({k: v for k, v in changed.items() if v is not None}, FOLDER / "model.safetensors")
-        assert "has no fitting visual_projection.weight" in told()
+        assert "have no fitting visual_projection.weight" in told()
     (FOLDER / "model.safetensors").write_bytes(b"no weights")
     assert "models/clip cannot be loaded as a CLIP model" in told()
 

@@ -78,8 +78,9 @@ def test_the_file_alone_tells_how_to_use_it(project: Path) -> None:
     preprocessing = json.loads(metadata["preprocessing"])
     assert preprocessing["size"] == [32, 32]
     assert set(preprocessing) == {
-        *("size", "mean", "std", "interpolation", "crop_pct", "crop_mode"),
+        *("orientation", "size", "mean", "std", "interpolation", "crop_pct", "crop_mode"),
     }
+    assert preprocessing["orientation"] == "exif"
     (image,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (image.name, image.type, image.shape) == ("image", "tensor(float)", ["batch", 3, 32, 32])
     assert (logits.name, logits.shape) == ("logits", ["batch", 3])
@@ -212,6 +213,19 @@ def test_without_a_gpu_the_session_is_on_the_cpu_and_nothing_is_complained_of(
     session = benchmark.best_session(layout.ONNX)
     assert session.get_providers() == ["CPUExecutionProvider"]
     assert capfd.readouterr().err == ""
+
+
+def test_on_a_gpu_that_no_provider_starts_on_it_is_said_why(
+    project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "computing_device", lambda: torch.device("cuda", 0))
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    session = benchmark.best_session(layout.ONNX)
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: classifier.onnx runs on the CPU: TensorrtExecutionProvider ")
+    assert "; CUDAExecutionProvider " in line
 
 
 def test_every_runtime_gets_all_repeats_in_turns() -> None:

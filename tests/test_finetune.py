@@ -23,6 +23,7 @@ from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, write_photos, write_task
 from bob.formats.prompts import Context, Entry, write_bank
 from bob.models import denoising
+from bob.models.precision import device_name
 from bob.stages import finetune
 from tests.builders import build_photos, build_text_to_image
 from tests.conftest import ROOT
@@ -193,6 +194,15 @@ def test_a_checkpoint_is_due_after_its_time(tmp_path, monkeypatch):
     assert not checkpoint.is_due()
     monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN", 0.0)
     assert checkpoint.is_due()
+
+
+def test_the_last_line_says_on_what_the_lora_was_trained(project, capsys):
+    run()
+    assert f" trained on {device_name()}, " in capsys.readouterr().out
+    mode = (FINETUNE / "lora/pytorch_lora_weights.safetensors").stat().st_mode
+    mask = os.umask(0)
+    os.umask(mask)
+    assert mode & 0o777 == 0o666 & ~mask  # a file as any other, for whom it is passed on to
 
 
 def test_a_batch_that_cannot_be_cut_is_told_in_one_line(project):

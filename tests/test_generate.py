@@ -21,6 +21,7 @@ from bob.formats.prompts import Context, Entry, read_bank, write_bank
 from bob.formats.review import KEEP, REJECT, Verdict, decide
 from bob.models import diffusion
 from bob.models.lora import add_lora, save_lora
+from bob.models.precision import device_name
 from bob.models.sampling import ImageMaker, png
 from bob.stages import generate
 from tests.builders import build_text_to_image
@@ -186,10 +187,10 @@ def test_the_last_line_says_how_many_were_rejected_and_a_warning_of_too_many(pro
 
     run(capsys)
     reject(read_manifest()[0])
-    assert said().out.endswith(" made; 1 rejected by data/review\n")
+    assert said().out.endswith(f" made on {device_name()}; 1 rejected by data/review\n")
     reject(*read_manifest()[:2])
     out, err = said()
-    assert out.endswith(" made; 3 rejected by data/review\n")
+    assert out.endswith(f" made on {device_name()}; 3 rejected by data/review\n")
     assert err.count("\n") == 1 and "of Tit (3 and 2)" in err
 
 

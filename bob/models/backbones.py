@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bob.errors import BobError
 from bob.formats.files import read_json
 from bob.formats.photos import Task
-from bob.models.loading import LOADING_ERRORS, reason_of
+from bob.models.loading import LOADING_ERRORS, check_finite, reason_of
 from bob.models.preprocessing import Preprocessing
 
 
@@ -171,6 +171,7 @@ def load_timm(folder: Path, num_classes: int) -> nn.Module:
         model.reset_classifier(num_classes)
         if resolve_model_data_config(model)["input_size"][0] != 3:
             raise ValueError("its input is not an RGB image")
+        check_finite(model)
     except LOADING_ERRORS as error:
         raise BobError(
             f"{folder} cannot be loaded as a timm model ({reason_of(error)}); "

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from bob.errors import BobError
 from bob.formats.photos import Task
-from bob.models.loading import LOADING_ERRORS, reason_of
+from bob.models.loading import LOADING_ERRORS, check_weights, quiet, reason_of
 from bob.models.preprocessing import Preprocessing
 
 logging.disable_progress_bar()  # a bar for one file is noise beside the stage's own
@@ -124,25 +124,19 @@ class ClipBackbone:
 
     def _load(self) -> CLIPModel:
         """The model in fp32, on the CPU."""
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it tells in many lines what is told here in one
         try:
-            clip, report = CLIPModel.from_pretrained(
-                self._folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            with quiet():
+                clip, report = CLIPModel.from_pretrained(
+                    self._folder,
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+            check_weights(report, clip)
         except LOADING_ERRORS as error:
             raise self._unloadable(reason_of(error)) from None
-        finally:
-            logging.set_verbosity(verbosity)
-        # transformers would leave these weights random.
-        absent = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
-        if absent:
-            raise self._unloadable(f"its model.safetensors has no fitting {absent[0]}")
         size = clip.config.vision_config.image_size
         if self.preprocessing.size != (size, size):
             raise self._unloadable(

@@ -1,8 +1,10 @@
 """A text-to-image model of Stable Diffusion's shape: what training and sampling have in common."""
 
 import contextlib
-from collections.abc import Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -10,6 +12,7 @@ from diffusers.utils import logging
 
 from bob.errors import BobError
 from bob.models.device import fastest_layout
+from bob.models.loading import LOADING_ERRORS, check_weights, quiet
 
 logging.disable_progress_bar()  # a bar for five files is noise beside the stage's own
 
@@ -19,9 +22,10 @@ def load(folder: Path, device: torch.device) -> StableDiffusionPipeline:
 
     Raises BobError naming the folder where it does not hold a Stable Diffusion (1.x, 2.x) pipeline.
     """
-    kind = None
+    index: dict[str, Any] = {}
     with contextlib.suppress(OSError):
-        kind = StableDiffusionPipeline.load_config(folder, local_files_only=True).get("_class_name")
+        index = StableDiffusionPipeline.load_config(folder, local_files_only=True)
+    kind = index.get("_class_name")
     if kind != "StableDiffusionPipeline":
         raise BobError(
             f"{folder} holds {'no text-to-image model' if kind is None else f'a {kind}'}; a folder "
@@ -31,24 +35,46 @@ def load(folder: Path, device: torch.device) -> StableDiffusionPipeline:
     try:
         # Quiet: diffusers warns where the autoencoder is another class than the pipeline's own,
         # which AutoencoderTiny, its documented replacement, always is.
-        logging.set_verbosity_error()
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    except (OSError, ValueError) as error:
+        with quiet():
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                folder,
+                **{name: _part(folder, name, index) for name in ("unet", "text_encoder", "vae")},
+                local_files_only=True,
+                trust_remote_code=False,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+    except LOADING_ERRORS as error:
         raise BobError(f"{folder} does not load: {' '.join(str(error).split())[:200]}") from None
-    finally:
-        logging.set_verbosity_warning()
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
         part.requires_grad_(False)
     return pipeline.to(device)
+
+
+def _part(folder: Path, name: str, index: Mapping[str, Any]) -> torch.nn.Module:
+    """A network of the pipeline, in fp32.
+
+    By itself, because the whole pipeline's loader gives no report of the weights.
+    """
+    library, kind = index[name]
+    if library not in ("diffusers", "transformers"):
+        raise ValueError(f"its {name} is of {library}")
+    try:
+        network, report = getattr(importlib.import_module(library), kind).from_pretrained(
+            folder,
+            subfolder=name,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        check_weights(report, network)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return network
 
 
 def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -22,6 +22,7 @@ MADE_BY = (
     "models.device",
     "models.diffusion",
     "models.finetuning",
+    "models.loading",
     "models.lora",
 )
 LIBRARIES = ("diffusers", "peft", "pillow", "torch", "transformers")

@@ -1,12 +1,59 @@
 """What libraries raise at model folders that do not load, and how to say it."""
 
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 from safetensors import SafetensorError
+from torch import nn
 
 # What timm, transformers and safetensors raise at files that do not belong together.
 LOADING_ERRORS = (
     *(KeyError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError),
     *(OSError, SafetensorError),
 )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers and diffusers from telling in many lines what is told here in one."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def check_weights(report: Mapping[str, Any], network: nn.Module) -> None:
+    """Raise ValueError where a network is not what its file of weights holds, or holds a NaN.
+
+    `report` is what diffusers and transformers give with `output_loading_info`: they would leave a
+    weight that is missing, or of another shape, random.
+    """
+    absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if absent:
+        raise ValueError(f"its weights have no fitting {absent[0]}{_more(absent)}")
+    if surplus := sorted(report["unexpected_keys"]):
+        raise ValueError(
+            f"its weights have {surplus[0]}{_more(surplus)}, which its config.json has no place for"
+        )
+    check_finite(network)
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def check_finite(network: nn.Module) -> None:
+    """Raise ValueError naming a weight that is not finite."""
+    for name, weight in network.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"its weight {name} holds a NaN or an infinity")
 
 
 def reason_of(error: Exception) -> str:

@@ -27,6 +27,12 @@ def hardware() -> Hardware:
     return executor().hardware(hardware_here)
 
 
+def device_name() -> str:
+    """What items are made on: the GPU as torch calls it, or cpu."""
+    made_on = hardware()
+    return made_on.name or made_on.device
+
+
 def resolve_precision(precision: str, on: Hardware | None = None) -> torch.dtype:
     """The dtype of matrix products for a `precision` parameter, by default where items are made.
 

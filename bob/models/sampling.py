@@ -18,12 +18,20 @@ from diffusers import (
 )
 from PIL import Image
 
+from bob.errors import BobError
 from bob.models import diffusion
 from bob.models.device import autocast, computing_device
+from bob.models.loading import check_finite
 from bob.models.precision import dtype_name, resolve_precision
 
 # Named in an image's key in the item cache: the modules that make it, and what they stand on.
-MADE_BY = ("models.device", "models.diffusion", "models.precision", "models.sampling")
+MADE_BY = (
+    "models.device",
+    "models.diffusion",
+    "models.loading",
+    "models.precision",
+    "models.sampling",
+)
 LIBRARIES = ("diffusers", "peft", "torch", "transformers")
 
 # Decoded at once: 64 images of 64 px, or one of 512 px, which fills a GPU with work already, where
@@ -104,13 +112,19 @@ class ImageMaker:
 def load(base_model: Path, lora: Path, device: torch.device) -> StableDiffusionPipeline:
     """Load a text-to-image folder in fp32, with a LoRA folder fused into its weights.
 
-    Raises BobError as `diffusion.load` does.
+    Raises BobError as `diffusion.load` does, and for a LoRA that is not finite: its images would
+    be black.
     """
     # Fused on the CPU: the sums of weights then have the same last bits whatever the device.
     pipeline = diffusion.load(base_model, torch.device("cpu"))
     pipeline.load_lora_weights(str(lora))
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
+    try:
+        check_finite(pipeline.unet)
+        check_finite(pipeline.text_encoder)
+    except ValueError as error:
+        raise BobError(f"{lora}: with it, {error}; lower finetune.learning_rate") from None
     return pipeline.to(device)
 
 

@@ -10,10 +10,11 @@ from PIL import Image
 
 from bob.errors import BobError
 from bob.models.device import computing_device
+from bob.models.loading import check_weights, quiet
 from bob.models.precision import dtype_name, resolve_precision
 
 # Named in an answer's key in the item cache: the modules that make it, and what they stand on.
-MADE_BY = ("models.device", "models.precision", "models.vlm")
+MADE_BY = ("models.device", "models.loading", "models.precision", "models.vlm")
 LIBRARIES = ("torch", "torchvision", "transformers")
 
 
@@ -39,10 +40,18 @@ class VisionLanguageModel:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         try:
-            processor = AutoProcessor.from_pretrained(self._folder, local_files_only=True)
-            model = AutoModelForImageTextToText.from_pretrained(
-                self._folder, dtype=self._dtype, local_files_only=True, use_safetensors=True
-            )
+            local = {"local_files_only": True, "trust_remote_code": False}
+            processor = AutoProcessor.from_pretrained(self._folder, **local)
+            with quiet():
+                model, report = AutoModelForImageTextToText.from_pretrained(
+                    self._folder,
+                    dtype=self._dtype,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **local,
+                )
+            check_weights(report, model)
         except (OSError, ValueError) as error:
             raise BobError(
                 f"caption.model {self._folder} is no image-text-to-text model that transformers "

@@ -6,6 +6,7 @@ to a GPU and back count. All have the same threads, torch has full float32 preci
 turns, so that whatever else the machine does hits both.
 """
 
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -154,9 +155,12 @@ def best_session(path: Path) -> onnxruntime.InferenceSession:
 
     The list of available providers says only what ONNX Runtime was built with. Whether their
     libraries load shows when a session starts, and a failure there fills the screen from C++; so
-    nothing is tried without a GPU, and the attempts are silent. The session tells which it was.
+    nothing is tried without a GPU, and the attempts are silent. The session tells which it was;
+    where there is a GPU and it is the CPU, a warning says why.
     """
     onnxruntime.set_default_logger_severity(4)  # fatal only
+    # TensorRT rounds to TF32 unless this is set, and has no option for it of its own.
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
@@ -168,17 +172,23 @@ def best_session(path: Path) -> onnxruntime.InferenceSession:
         ("TensorrtExecutionProvider", gpu),
         ("CUDAExecutionProvider", gpu | {"use_tf32": "0"}),
     ]
-    for name, settings in candidates:
-        if device.type == "cpu" or name not in onnxruntime.get_available_providers():
+    failed = []
+    for name, settings in candidates if device.type == "cuda" else ():
+        if name not in onnxruntime.get_available_providers():
+            failed.append(f"{name} is not in this build of ONNX Runtime")
             continue
         try:
             session = onnxruntime.InferenceSession(
                 path, options, providers=[(name, settings)], enable_fallback=False
             )
-        except Exception:  # whatever a provider throws, the next one may work
+        except Exception as error:  # whatever a provider throws, the next one may work
+            failed.append(f"{name} does not start ({' '.join(str(error).split())[:200]})")
             continue
         if session.get_providers()[0] == name:
             return session
+        failed.append(f"{name} does not start (its libraries do not load)")
+    if failed:
+        click.echo(f"warning: {path.name} runs on the CPU: {'; '.join(failed)}", err=True)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

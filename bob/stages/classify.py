@@ -42,6 +42,7 @@ from bob.models.classifiers import (
     weights_path,
     write_trained,
 )
+from bob.models.precision import device_name
 from bob.models.training import Labelled, Recipe, Trainer
 
 SETS = ("real", "synthetic", "validation")  # of images, among what decides a classifier
@@ -94,7 +95,8 @@ def run(params: Params) -> None:
             for one in planned
         ),
     )
-    click.echo(f"{_summary(trained)}; {cache.account}")
+    on = f" on {device_name()}" if cache.made else ""
+    click.echo(f"{_summary(trained)}; {cache.account}{on}")
 
 
 def trainer_of(params: Params) -> Trainer:

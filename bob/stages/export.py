@@ -139,7 +139,8 @@ def write_onnx(model: nn.Module, trained: Trained, path: Path) -> None:
     metadata = {
         "classes": list(trained.classes),
         "descriptor": trained.descriptor,
-        "preprocessing": asdict(trained.preprocessing),
+        # Before the rest: a photo's EXIF says how it is to be turned.
+        "preprocessing": {"orientation": "exif", **asdict(trained.preprocessing)},
     }
     onnx.helper.set_model_props(
         proto, {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}

@@ -23,7 +23,7 @@ from bob.formats.photos import Photo, Task, read_photos, read_task
 from bob.formats.prompts import Entry, prompt, read_bank
 from bob.models import finetuning
 from bob.models.lora import LORA_FILE
-from bob.models.precision import dtype_name, resolve_precision
+from bob.models.precision import device_name, dtype_name, resolve_precision
 
 # Of the parameters, those that decide the run beside model, captions and precision.
 DECIDING = (
@@ -58,7 +58,7 @@ def run(params: Params) -> None:
         with replacing(FINETUNE) as folder:
             write_curves(folder / "curves", losses)
             cache.place([lora.oid], [folder / LORA.name / LORA_FILE])
-    made = "trained" if cache.made else "reused"
+    made = f"trained on {device_name()}" if cache.made else "reused"
     write_items(
         FINETUNE_ITEMS,
         [

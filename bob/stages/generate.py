@@ -23,6 +23,7 @@ from bob.formats.photos import Task, read_task
 from bob.formats.prompts import Context, Entry, drawn_from, prompt, read_bank
 from bob.formats.review import rejected
 from bob.models import sampling
+from bob.models.precision import device_name
 
 
 def run(params: Params) -> None:
@@ -46,10 +47,11 @@ def run(params: Params) -> None:
         ),
     )
     passed_over = passed_over_of(planned)
+    on = f" on {device_name()}" if cache.made else ""
     choice = f"; {passed_over.total()} rejected by {REVIEW}" if passed_over else ""
     print(
         f"generate: {len(planned)} images, context from {params.generate.context}: "
-        f"{cache.account}{choice}"
+        f"{cache.account}{on}{choice}"
     )
     _warn_of_many(passed_over, Counter(image.class_name for image in planned))
 

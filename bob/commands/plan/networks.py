@@ -151,11 +151,15 @@ class Captioner:
     """An image-text-to-text model with its processor, which needs the tokenizer's files too."""
 
     def __init__(self, folder: Path) -> None:
+        local = {"local_files_only": True, "trust_remote_code": False}
+
         def make() -> tuple[Any, nn.Module]:
             with torch.device("cpu"):
-                processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            network = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+                processor = AutoProcessor.from_pretrained(folder, **local)
+            config = AutoConfig.from_pretrained(folder, **local)
+            network = AutoModelForImageTextToText.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
             return processor, network.eval()
 
         self._processor, self._network = _build(folder, "image-text-to-text model", make)

@@ -1,0 +1,106 @@
+"""Weights that are missing, surplus, of another shape or not finite are an error in every loader.
+
+The libraries would leave such a weight random, or compute with it.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from bob.errors import BobError
+from bob.models import diffusion, sampling
+from bob.models.backbones import open_backbone
+from bob.models.captioner import open_captioner
+from bob.models.lora import LORA_FILE, add_lora, save_lora
+from tests.builders import build_captioner, build_clip, build_text_to_image
+
+CPU = torch.device("cpu")
+
+
+def caption(folder):
+    captioner = open_captioner(folder, precision="fp32", batch_size=1, image_side=64)
+    captioner.answer([Image.new("RGB", (56, 56))], "what is it?")
+
+
+def load_base(folder):
+    diffusion.load(folder, CPU)
+
+
+def features(folder):
+    open_backbone(folder).features()
+
+
+def build_timm(folder):
+    model = timm.create_model("test_resnet", num_classes=3)
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    return folder
+
+
+LOADERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None], str]] = {
+    "captioner": (build_captioner, caption, "."),
+    "unet": (build_text_to_image, load_base, "unet"),
+    "text_encoder": (build_text_to_image, load_base, "text_encoder"),
+    "vae": (build_text_to_image, load_base, "vae"),
+    "clip": (build_clip, features, "."),
+    "timm": (build_timm, features, "."),
+}
+
+
+def without(weights, name):
+    del weights[name]
+
+
+def with_another(weights, name):
+    weights["another.weight"] = torch.zeros(2)
+
+
+def of_another_shape(weights, name):
+    weights[name] = torch.zeros(2, 3)
+
+
+def with_a_nan(weights, name):
+    weights[name].view(-1)[0] = torch.nan
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The folder of each loader's model, whole."""
+    root = tmp_path_factory.mktemp("models")
+    return {name: build(root / name) for name, (build, _, _) in LOADERS.items()}
+
+
+@pytest.mark.parametrize("break_", [without, with_another, of_another_shape, with_a_nan])
+@pytest.mark.parametrize("name", LOADERS)
+def test_what_is_broken_is_one_line_that_names_the_folder(models, tmp_path, name, break_):
+    _, load, part = LOADERS[name]
+    folder = tmp_path / "model"
+    shutil.copytree(models[name], folder)
+    load(folder)
+    path = min((folder / part).glob("*.safetensors"))  # a captioner's are in several files
+    weights = load_file(path)
+    # Not the last: it may be a head, which a backbone gets anew.
+    break_(weights, min(key for key, weight in weights.items() if weight.ndim > 1))
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(BobError) as caught:
+        load(folder)
+    message = str(caught.value)
+    assert str(folder) in message and "\n" not in message
+    assert break_ is not with_another or "another.weight" in message
+
+
+def test_a_lora_that_is_not_finite_makes_no_black_images(models, tmp_path):
+    pipeline = diffusion.load(models["unet"], CPU)
+    add_lora(pipeline, rank=2, seed=0)
+    save_lora(pipeline, tmp_path)
+    sampling.load(models["unet"], tmp_path, CPU)
+    weights = load_file(tmp_path / LORA_FILE)
+    next(iter(weights.values())).fill_(torch.nan)
+    save_file(weights, tmp_path / LORA_FILE)
+    with pytest.raises(BobError, match=r"holds a NaN or an infinity; lower finetune.learning_rate"):
+        sampling.load(models["unet"], tmp_path, CPU)
