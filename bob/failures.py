@@ -21,6 +21,7 @@ FAILED, UNFORESEEN, INTERRUPTED = 1, 70, 130  # exit statuses; 70 is EX_SOFTWARE
 # read before the command sets it otherwise.
 _ROOT = os.environ.get("DVC_ROOT", "")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE = os.strerror(errno.ENOSPC)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 # What takes less memory, by stage.
 LOWER = {
@@ -96,7 +97,7 @@ def foreseen(error: BaseException, command: str) -> str:
         lower = f"lower {LOWER[command]}" if command in LOWER else "free memory"
         return f"{command}: out of memory ({_reason(error)}); {lower} and run it again"
     number = error.errno if isinstance(error, OSError) else None
-    if number in _FULL:
+    if number in _FULL or _NO_SPACE in str(error):  # safetensors and torch have their own classes
         return f"{_place(error)} is full ({_reason(error)}); free space and run it again"
     if number in _FORBIDDEN:
         return f"{_place(error)} may not be used ({_reason(error)}); correct its permissions"

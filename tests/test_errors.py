@@ -126,6 +126,11 @@ def test_bob_debug_shows_the_traceback_instead(project: Path) -> None:
             1,
             "\\x1b may not be used (Permission denied); correct its permissions",
         ),
+        (
+            "raise RuntimeError('I/O error: No space left on device (os error 28)')",
+            1,
+            "what it writes to is full (I/O error: No space left on device (os error 28)); free",
+        ),
         ("raise OSError(errno.EMFILE, 'Too many', 'x')", 70, "bob split: x: OSError: Too many at "),
         ("raise ValueError('a\\nb\\u2028c' * 999)", 70, "bob split: ValueError: a b c"),
         ("raise RecursionError", 70, "bob split: RecursionError: "),
@@ -146,6 +151,17 @@ def test_a_file_that_ends_too_early_is_not_taken_for_the_end_of_input(project: P
     done = run(failing("raise EOFError"), "split")
     assert done.returncode == 70
     assert done.stderr.strip().startswith("Error: bob split: EOFError: EOFError at bob/cli.py")
+
+
+@pytest.mark.parametrize("raised", ["OSError(28, os.strerror(28), 'x')", "KeyboardInterrupt"])
+def test_nothing_half_written_stays(project: Path, raised: str) -> None:
+    code = (
+        "import os, bob.stages.split as stage\n"
+        f"def fail(*_): raise {raised}\n"
+        "stage.write_task = fail"  # the last that it writes
+    )
+    assert run(code, "split").returncode in (1, 130)
+    assert list((project / "results").iterdir()) == []
 
 
 def test_a_gpu_that_is_full_says_what_to_lower() -> None:

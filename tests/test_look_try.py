@@ -33,7 +33,7 @@ def exported(tmp_path_factory):
     os.chdir(root)
     try:
         classify.run(classify_params(epochs=2, seeds=[0]))
-        export.run(Params({}, "export"))
+        export.run(Params({"export": {"precisions": ["fp32"]}}, "export"))
     finally:
         os.chdir(here)
     return root

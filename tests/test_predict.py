@@ -47,7 +47,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         classify.run(classify_params(epochs=6, seeds=[0]))
         evaluate.run(Params({}, "evaluate"))
-        export.run(Params({}, "export"))
+        export.run(Params({"export": {"precisions": ["fp32"]}}, "export"))
     finally:
         os.chdir(here)
     return root
@@ -235,8 +235,8 @@ def test_a_photo_is_decoded_as_for_training(mode: str, tmp_path: Path) -> None:
 
 WRONG = {  # what is given -> what is told
     "gone.jpg": "no such file",
-    "text.jpg": "not an image that Pillow can read",
-    "empty.jpg": "not an image that Pillow can read",
+    "text.jpg": "not an image (none of JPEG, PNG, WEBP, BMP, TIFF, GIF)",
+    "empty.jpg": "not an image (none of JPEG, PNG, WEBP, BMP, TIFF, GIF)",
     "truncated.jpg": "cannot be read as an image (image file is truncated",
     "deep.png": "cannot be read as an image (its pixels are of mode I;16; save it with 8 bits",
     "float.tif": "cannot be read as an image (its pixels are of mode F; save it with 8 bits",
@@ -388,6 +388,16 @@ def test_a_reader_that_goes_away_ends_it_quietly(exported: Path, photo: Path) ->
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_line(exported: Path, photo: Path) -> None:
+    script = [sys.executable, predictor.__file__, "--model", exported / layout.ONNX, photo]
+    command = [*map(str, script)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "predict.py: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.parametrize("top", ["0", "-1", "x", "1.5"])

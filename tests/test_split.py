@@ -1,5 +1,6 @@
 """Reading a user's folder, and drawing shots from it."""
 
+import os
 import shutil
 from collections import Counter
 
@@ -243,6 +244,69 @@ def test_files_of_other_kinds_are_warned_of(workspace, capsys):
     (folder / "Anna_Hummingbird" / "phone.heic").write_bytes(b"x")
     draw()
     assert "phone.heic" in capsys.readouterr().err
+
+
+def test_what_lies_where_it_is_not_read_is_warned_of(workspace, capsys):
+    folder = dataset(workspace)
+    photo = folder / "Anna_Hummingbird/000.jpg"
+    (folder / "Anna_Hummingbird/more").mkdir()
+    (folder / "Anna_Hummingbird/gone.jpg").symlink_to("nowhere.jpg")
+    (folder / "Anna_Hummingbird/linked.jpg").symlink_to(workspace / "elsewhere.jpg")
+    Image.new("RGB", (40, 30), "red").save(workspace / "elsewhere.jpg")
+    shutil.copy(photo, folder / "loose.jpg")
+    (folder / "Costa_Hummingbird").symlink_to("nowhere")
+    (folder / "README.md").touch()  # is no photo that somebody would miss
+    draw()
+    assert capsys.readouterr().err.splitlines() == [
+        "split: warning: data/mine/Anna_Hummingbird: not read: gone.jpg (a broken link), more/",
+        "split: warning: data/mine: not read: Costa_Hummingbird (a broken link), loose.jpg",
+    ]
+
+
+def test_what_lies_beside_the_parts_is_warned_of(workspace, capsys):
+    folder = dataset(workspace, parts=["train", "test"])
+    (folder / "Costa_Hummingbird").mkdir()
+    (folder / "Validation").mkdir()
+    draw()
+    assert capsys.readouterr().err == (
+        "split: warning: data/mine: not read: Costa_Hummingbird/, Validation/\n"
+    )
+
+
+def test_an_accent_has_one_spelling(workspace):
+    composed, decomposed = "Caf\u00e9", "Cafe\u0301"
+    folder = dataset(workspace, NAMES | {decomposed: 8})
+    draw()
+    assert composed in read_task().classes
+    shutil.rmtree(split.SPLIT)
+    build_photos(folder, {composed: 8})
+    assert told() == "data/mine: two folders spell the class 'Caf\u00e9'; merge them"
+
+
+@pytest.mark.parametrize("name", ["_", " ", "__ _", "\u2028"])
+def test_a_folder_that_names_no_class_is_told(workspace, name):
+    folder = dataset(workspace)
+    (folder / name).mkdir()
+    assert told() == (
+        f"data/mine: the folder {name!r} names no class; rename it, or name it under classes in "
+        "data/mine/dataset.yaml"
+    )
+
+
+@pytest.mark.parametrize("place", ["", "Anna_Hummingbird/"])
+def test_a_name_that_is_no_text_is_told(workspace, place):
+    folder = dataset(workspace)
+    os.mkdir(os.fsencode(folder) + b"/" + place.encode() + b"\xff.jpg")  # noqa: PTH102 (bytes)
+    assert told() == f"data/mine/{place}\\udcff.jpg: its name is not UTF-8; rename it"
+
+
+def test_names_are_shown_without_what_breaks_a_line(workspace, capsys):
+    folder = dataset(workspace, NAMES | {"evil\x1b[31m\u202ename": 8})
+    (folder / "Anna_Hummingbird" / "new\nline\u2028.heic").touch()
+    (folder / "Anna_Hummingbird" / ("x" * 250 + ".jpg")).touch()
+    message = told()
+    assert message.startswith("data/mine/Anna_Hummingbird/xxx") and message.isprintable()
+    assert "new\\nline\\u2028.heic" in capsys.readouterr().err
 
 
 def test_one_content_in_train_and_test_is_an_error_that_names_both(workspace):

@@ -1,15 +1,21 @@
 """Photos: a split's manifest of them, and reading one from disk."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from bob.errors import BobError
+from bob.errors import BobError, shown
 from bob.formats.files import read_json, read_jsonl, write_json, write_jsonl
 from bob.formats.layout import CLASSES
+
+# Pillow's others are not asked, whatever a file is called: that for EPS starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+# Grey of 16 or 32 bits, or of floats, which Pillow would cut off at 255: most of it is white then.
+DEEP = ("I", "F")
 
 T = TypeVar("T")
 
@@ -57,28 +63,53 @@ def write_task(path: Path, task: Task) -> None:
 def read_task(path: Path = CLASSES) -> Task:
     """Read the descriptor and the class names."""
     value = read_json(path)
-    return Task(value["descriptor"], tuple(value["classes"]))
+    try:
+        return Task(value["descriptor"], tuple(value["classes"]))
+    except (KeyError, TypeError):
+        raise BobError(f"{path}: no descriptor and classes; `dvc repro split` makes it") from None
 
 
 def open_image(path: str | Path) -> Image.Image:
     """Decode an image completely, upright, as RGB.
 
-    Raises BobError naming the file where it is truncated or no image.
+    Raises BobError naming the file where it is truncated, of another format than FORMATS, too large
+    to be a photo (Pillow's limit, 179 megapixels), or has more than 8 bits a channel in a mode that
+    Pillow would clip to white.
     """
+    with _opened(path) as image:
+        if image.mode.startswith(DEEP):
+            raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits a channel")
+        # A palette or an alpha channel would otherwise become black where it is transparent.
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+            upright = upright.convert("RGBA")
+            canvas = Image.new("RGBA", upright.size, "white")
+            upright = Image.alpha_composite(canvas, upright)
+        return upright.convert("RGB")
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Width and height of an image, without decoding it; raises as `open_image` does."""
+    with _opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
-            # A palette or an alpha channel would otherwise become black where it is transparent.
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                canvas = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(canvas, upright)
-            return upright.convert("RGB")
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
     except FileNotFoundError:
         raise BobError(f"{path} is missing; `dvc checkout` brings tracked files back") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError:
         raise BobError(
-            f"{path} cannot be read as an image ({error}); replace or remove it"
+            f"{path} cannot be read as an image (none of {', '.join(FORMATS)}); replace or remove "
+            "it"
+        ) from None
+    except Exception as error:  # decoders raise whatever broken bytes lead them to
+        reason = shown(" ".join(str(error).split()) or type(error).__name__)
+        raise BobError(
+            f"{path} cannot be read as an image ({reason}); replace or remove it"
         ) from None
 
 

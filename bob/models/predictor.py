@@ -35,6 +35,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"predict.py: {error}; it needs: pip install numpy pillow onnxruntime")
 
 FORMATS = ("table", "csv", "json")
+# Pillow's others are not asked, whatever a file is called: that for EPS starts Ghostscript.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 BATCH = 32
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}  # in a folder
 # Grey of 16 or 32 bits, or of floats, which Pillow would cut off at 255: most of it is white then.
@@ -82,7 +84,7 @@ class Classifier:
         try:
             self.classes: list[str] = json.loads(metadata["classes"])
             self.preprocessing: dict[str, Any] = json.loads(metadata["preprocessing"])
-        except (KeyError, json.JSONDecodeError):
+        except (KeyError, ValueError, RecursionError):
             raise ModelError(
                 f"{model} was not exported by bob: its metadata does not say what its classes are "
                 "and how it wants images"
@@ -112,7 +114,7 @@ class Classifier:
         except FileNotFoundError:
             return "no such file"
         except UnidentifiedImageError:
-            return "not an image that Pillow can read"
+            return f"not an image (none of {', '.join(IMAGE_FORMATS)})"
         except Exception as error:  # decoders raise whatever broken bytes lead them to
             return f"cannot be read as an image ({_line(error)})"
 
@@ -128,7 +130,7 @@ class Classifier:
 
 def open_photo(path: str | Path) -> Image.Image:
     """Decode an image completely, upright, as RGB; raises what Pillow raises."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
         if image.mode.startswith(DEEP):
             raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits a channel")
         upright = ImageOps.exif_transpose(image)
@@ -238,19 +240,21 @@ def run(arguments: Sequence[str], model: str | Path, top: int = 3, form: str = "
         _print_csv(predictions())
     else:
         longest = max(len(_shown(one.photo)) for one in found)
-        _print_table(predictions(), longest, max(map(len, classifier.classes)))
+        _print_table(predictions(), longest, max(len(_shown(one)) for one in classifier.classes))
     return not errors
 
 
 def _print_table(predictions: Iterable[Prediction], photo_width: int, class_width: int) -> None:
     for one in predictions:
-        cells = [f"{name:<{class_width}} {probability:>6.1%}" for name, probability in one.top]
-        print(f"{_shown(one.photo):<{photo_width}}  {'   '.join(cells) or one.error}")
+        cells = [
+            f"{_shown(name):<{class_width}} {probability:>6.1%}" for name, probability in one.top
+        ]
+        print(f"{_shown(one.photo):<{photo_width}}  {'   '.join(cells) or _shown(one.error)}")
 
 
-def _shown(photo: str) -> str:
-    """A path without what would break its line: a file's name may hold anything."""
-    return photo if photo.isprintable() else repr(photo)[1:-1]
+def _shown(name: str) -> str:
+    """A name without what would break its line: a file's may hold anything."""
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def _print_csv(predictions: Iterable[Prediction]) -> None:
@@ -309,11 +313,15 @@ def main() -> int:
     """Run the command line; returns the exit status, 1 where a photo could not be read."""
     given = command_line().parse_args()
     try:
-        return 0 if run(given.photos, given.model, given.top, given.format) else 1
+        all_read = run(given.photos, given.model, given.top, given.format)
+        sys.stdout.flush()
+        return 0 if all_read else 1
     except ModelError as error:
-        print(f"predict.py: {error}", file=sys.stderr)
+        print(f"predict.py: {_shown(str(error))}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `| head` has what it wanted
+    except OSError as error:  # a full disk; or `| head`, which has what it wanted
+        if not isinstance(error, BrokenPipeError):
+            print(f"predict.py: {_shown(_line(error))}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

@@ -36,7 +36,7 @@ const contexts = {
       totals[entries.class[i]]++;
     }
     const side = Math.max(9, Math.min(22, 600 / report.classes.length));
-    const left = 8 + 6.3 * Math.min(24, Math.max(...report.classes.map((name) => name.length)));
+    const left = 12 + 7.4 * Math.min(24, Math.max(...report.classes.map((name) => name.length)));
     const top = 10 + 5.2 * Math.min(26, Math.max(1, ...columns.map(({ label }) => label.length)));
     const width = left + side * columns.length + 100, height = top + side * report.classes.length + 4;
     const rows = report.classes.flatMap((name, row) => [

@@ -6,7 +6,7 @@ const VARIANTS = { real_only: ['real only', '--real'], real_and_synthetic: ['rea
 const results = {
   render(view) {
     const { accuracy, onnx } = report.metrics;
-    const spread = (value) => ` ± ${number(value)}`;
+    const spread = (value) => report.seeds.real_only.length > 1 ? `± ${number(value)}` : 'one seed';
     const tile = (title, value, note) => h('div', { class: 'tile' }, title, h('b', {}, value), h('span', { class: 'faint' }, note));
     const seeds = (variant) => report.seeds[variant].map(([, top1]) => number(top1, 1)).join(', ');
     view.replaceChildren(h('div', { class: 'page' },
@@ -29,9 +29,10 @@ const results = {
     const rows = report.classes.map((name, c) => ({
       name, c, real: report.by_class.real_only[c], both: report.by_class.real_and_synthetic[c],
     })).filter(({ both }) => both != null).sort((a, b) => (b.both - b.real) - (a.both - a.real));
-    const left = 170, width = 330, row = 22;
+    const left = 190, width = 330, row = 22;
     const x = (value) => left + width * value / 100;
-    return h('svg:svg', { width: left + width + 60, height: rows.length * row + 24, role: 'img', 'aria-label': 'top-1 by class' },
+    const size = [left + width + 60, rows.length * row + 24];
+    return h('svg:svg', { width: size[0], height: size[1], viewBox: `0 0 ${size.join(' ')}`, role: 'img', 'aria-label': 'top-1 by class' },
       [0, 25, 50, 75, 100].map((tick) => [
         h('svg:line', { class: 'axis', x1: x(tick), x2: x(tick), y1: 0, y2: rows.length * row }),
         h('svg:text', { class: 'faint', x: x(tick), y: rows.length * row + 16, 'text-anchor': 'middle' }, String(tick)),

@@ -6,6 +6,7 @@ dataset is laid out, and editing a test photo does not fine-tune a model again.
 
 import hashlib
 import shutil
+import unicodedata
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bob.errors import BobError, tell
+from bob.errors import NAME, BobError, shown, tell
 from bob.formats.files import replacing, sha256
 from bob.formats.layout import CLASSES, SPLIT, TEST, TRAIN, VAL
 from bob.formats.names import class_name_of
@@ -28,13 +29,19 @@ DATASET_SCHEMA: dict[str, Any] = {
     "required": ["descriptor"],
     "additionalProperties": False,
     "properties": {
-        "descriptor": {"type": "string", "pattern": r"\S", "description": "a noun such as bird"},
+        "descriptor": {
+            "type": "string",
+            "pattern": r"\S",
+            "maxLength": NAME,
+            "description": "a noun such as bird",
+        },
         "classes": {
             "type": "object",
             "description": "a mapping of folders to class names",
             "additionalProperties": {
                 "type": "string",
                 "pattern": r"\S",
+                "maxLength": NAME,
                 "description": "the class's name",
             },
         },
@@ -193,11 +200,13 @@ def _check_enough(
 def read_dataset(folder: Path) -> Dataset:
     """Read `folder`: class folders, directly or inside train/, val/ and test/, and dataset.yaml.
 
-    A class is named as its folder, or as `classes` in dataset.yaml says. Every image is decoded
-    once. Raises BobError naming the file or class for: no descriptor, a name for a folder that is
-    not there, two folders of one class, an empty class, an unreadable image, a test class that is
-    not in train, one content in two classes or in two parts. A second copy of an image within a
-    class is left out with a warning.
+    A class is named as its folder, or as `classes` in dataset.yaml says, in Unicode's composed
+    form. Every image is decoded once. Raises BobError naming the file or class for: no descriptor,
+    a name for a folder that is not there, two folders of one class, a folder or file whose name is
+    none, an empty class, an unreadable image, a test class that is not in train, one content in two
+    classes or in two parts. A second copy of an image within a class is left out with a warning,
+    and so is what lies where nothing is read: a folder in a class's, a photo beside the classes, a
+    broken link.
     """
     if not folder.is_dir():
         raise BobError(
@@ -218,7 +227,10 @@ def read_dataset(folder: Path) -> Dataset:
                 f"{about}: classes names the folder {name!r}, which is not there; correct or "
                 "remove the entry"
             )
-    parts = {part: _list_classes(root, names) for part, root in roots.items()}
+    parts = {part: _list_classes(root, names, about) for part, root in roots.items()}
+    if folder not in roots.values():
+        others = [path for path in _visible(folder) if path not in roots.values()]
+        _warn_of_unread(folder, [path for path in others if path.is_dir() or _is_stray(path)])
 
     files = [path for classes in parts.values() for paths in classes.values() for path in paths]
     hashes = _decode_and_hash(files)
@@ -247,26 +259,64 @@ def _read_about(path: Path) -> tuple[str, dict[str, str]]:
     return value["descriptor"].strip(), names
 
 
-def _list_classes(folder: Path, names: Mapping[str, str]) -> dict[str, list[Path]]:
+def _list_classes(folder: Path, names: Mapping[str, str], about: Path) -> dict[str, list[Path]]:
     classes: dict[str, list[Path]] = {}
-    for directory in sorted(folder.iterdir()):
-        if not directory.is_dir() or directory.name.startswith("."):
-            continue
-        class_name = names.get(directory.name) or class_name_of(directory.name)
+    for directory in (path for path in _visible(folder) if path.is_dir()):
+        # An accented letter that another system has decomposed is the same letter.
+        class_name = unicodedata.normalize(
+            "NFC", names.get(directory.name) or class_name_of(directory.name)
+        )
+        if not class_name:
+            raise BobError(
+                f"{folder}: the folder {directory.name!r} names no class; rename it, or name it "
+                f"under classes in {about}"
+            )
         if class_name in classes:
             raise BobError(f"{folder}: two folders spell the class {class_name!r}; merge them")
-        files = sorted(
-            path for path in directory.iterdir() if path.is_file() and path.name[0] != "."
-        )
-        classes[class_name] = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-        left_out = [path.name for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
-        if left_out:
-            _warn(f"{directory}: not read, for their suffix: {_some(left_out)}")
-        if not classes[class_name]:
-            raise BobError(f"{directory} holds no image; add photos to it or remove the folder")
+        classes[class_name] = _list_photos(directory)
+    _warn_of_unread(folder, filter(_is_stray, _visible(folder)))
     if len(classes) < 2:
         raise BobError(f"{folder} holds {len(classes)} class folders; at least two are needed")
     return classes
+
+
+def _list_photos(directory: Path) -> list[Path]:
+    """The photos of a class's folder; warns of what else is there."""
+    files = [path for path in _visible(directory) if path.is_file()]
+    photos = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    left_out = [shown(path.name) for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+    if left_out:
+        _warn(f"{directory}: not read, for their suffix: {_some(left_out)}")
+    _warn_of_unread(directory, (path for path in _visible(directory) if not path.is_file()))
+    if not photos:
+        raise BobError(f"{directory} holds no image; add photos to it or remove the folder")
+    return photos
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted; raises BobError for a name that no manifest could hold."""
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    for path in paths:
+        try:
+            path.name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise BobError(f"{path}: its name is not UTF-8; rename it") from None
+    return paths
+
+
+def _is_stray(path: Path) -> bool:
+    """Whether it is a photo, or a link that leads nowhere: beside the classes neither is read."""
+    return not path.exists() or (path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _warn_of_unread(folder: Path, paths: Iterable[Path]) -> None:
+    unread = [
+        f"{shown(path.name)}{'' if path.exists() else ' (a broken link)'}"
+        f"{'/' if path.is_dir() else ''}"
+        for path in paths
+    ]
+    if unread:
+        _warn(f"{folder}: not read: {_some(unread)}")
 
 
 def _decode_and_hash(files: list[Path]) -> dict[Path, str]:

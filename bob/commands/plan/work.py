@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from bob.cache.items import ItemCache, tree_hash
 from bob.cache.wanted import Wanted
@@ -20,7 +19,7 @@ from bob.formats import layout
 from bob.formats.files import sha256
 from bob.formats.manifest import Generated, read_manifest
 from bob.formats.params import Params
-from bob.formats.photos import Photo, Task, read_photos, read_task
+from bob.formats.photos import Photo, Task, read_photos, read_task, size_of
 from bob.formats.prompts import ATTRIBUTES, QUESTION, Entry, read_bank
 from bob.formats.review import rejected
 from bob.miniature import world
@@ -172,8 +171,7 @@ def _typical_size(photos: Sequence[Photo]) -> tuple[int, int]:
     sizes = []
     for photo in photos:
         if Path(photo.path).is_file():
-            with Image.open(photo.path) as image:
-                sizes.append(image.size)
+            sizes.append(size_of(photo.path))
     if not sizes:
         return world.SIZE, world.SIZE
     return sorted(sizes, key=math.prod)[len(sizes) // 2]
@@ -381,8 +379,7 @@ def _png_bytes() -> float:
     images = list((layout.GENERATE / "images").rglob("*.png"))
     if not images:
         return PNG_BYTES
-    with Image.open(images[0]) as image:
-        pixels = math.prod(image.size)
+    pixels = math.prod(size_of(images[0]))
     return statistics.fmean(path.stat().st_size for path in images) / pixels
 
 

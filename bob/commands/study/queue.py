@@ -177,7 +177,8 @@ def contact_sheets(names: Iterable[str]) -> Iterator[tuple[str, Image.Image]]:
     for name in names:
         if name in revisions:
             with suppress(FileNotFoundError):
-                yield name, Image.open(io.BytesIO(experiments.read_bytes(SHEET, revisions[name])))
+                sheet = io.BytesIO(experiments.read_bytes(SHEET, revisions[name]))
+                yield name, Image.open(sheet, formats=["PNG"])
 
 
 def metrics(revision: str) -> dict[str, float]:
