@@ -197,14 +197,18 @@ def test_what_the_run_cache_has_is_restored(project):
 def test_other_parameters_are_planned_without_writing_them(project):
     before = (project / "params.yaml").read_bytes()
     overrides = ["-S", "generate.images_per_class=5", "-S", "classify.seeds=[0,1]"]
-    _, output = command("--gpu", "t4", *overrides)
+    _, output = command(*overrides)
     assert (project / "params.yaml").read_bytes() == before
     assert "parameter generate.images_per_class 2 -> 5" in output
     assert re.search(r"^generate +runs +10 images .* 4 reused, 6 new ", output, re.MULTILINE)
 
     # The same as with the file so changed, down to what DVC reads of it: paths of dependencies too.
     set_params(project, {"generate": {"images_per_class": 5}, "classify": {"seeds": [0, 1]}})
-    assert command("--gpu", "t4")[1] == output
+    assert command()[1] == output
+    # On another GPU it would be made in another precision.
+    (project / "params.yaml").write_bytes(before)
+    set_params(project, {"generate": {"precision": "bf16", "images_per_class": 5}})
+    assert " 0 reused, 10 new " in command("--gpu", "t4", "-S", "generate.precision=fp32")[1]
     (project / "params.yaml").write_bytes(before)
     shutil.copytree(project / "models/miniature-backbone", project / "models/other")
     try:

@@ -17,7 +17,7 @@ from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, read_photos, read_task
 from bob.formats.prompts import ATTRIBUTES, QUESTION, Context, Entry, read_bank, write_bank
 from bob.models.captioner import Captioner, open_captioner
-from bob.models.endpoint import UnansweredError
+from bob.models.endpoint import UnansweredError, is_endpoint
 
 # What is added when an answer was refused. Never the class name: it is what must not be said.
 INSISTENCE = (
@@ -43,6 +43,10 @@ def run(params: Params) -> None:
     asked = f"contexts from {settings.bank}"
     if settings.bank == "captioner":
         asked = f"answers: {cache.account}"
+        if cache.made and not is_endpoint(Path(settings.model)):
+            from bob.models.precision import device_name  # late: torch, which made the answers
+
+            asked += f" on {device_name()}"
     with replacing(CAPTION) as folder:
         write_bank(folder / BANK.name, entries)
     write_items(CAPTION_ITEMS, items)
