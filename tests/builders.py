@@ -13,7 +13,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -127,27 +127,23 @@ def build_text_to_image(
 
 
 def build_clip_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer in CLIP's two files."""
+    """A byte-level BPE tokenizer in CLIP's two files, the same ones in every run."""
     folder.mkdir(parents=True, exist_ok=True)
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trained.train_from_iterator(
-        ["a bird photo of a wren in the green leaves background with the perched pose"],
-        trainers.BpeTrainer(
-            vocab_size=600,
-            initial_alphabet=alphabet,
-            special_tokens=["<|startoftext|>", "<|endoftext|>"],
-            end_of_word_suffix="</w>",
-        ),
-    )
-    state = json.loads(trained.to_str())["model"]
-    vocabulary = dict(state["vocab"])
-    for letter in alphabet:
-        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in state["merges"]]
+    names = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(f"{one}</w>" for one in alphabet)]
+    merges = []
+    # Not by tokenizers' trainer, which orders what is equally frequent by chance.
+    caption = "a bird photo of a wren in the green leaves background with the perched pose"
+    for word in dict.fromkeys(caption.split()):
+        token, *rest = [*word[:-1], f"{word[-1]}</w>"]
+        for letter in rest:
+            merges.append(f"{token} {letter}")
+            token += letter
+            names.append(token)
+    vocabulary = {name: number for number, name in enumerate(dict.fromkeys(names))}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    lines = ["#version: 0.2", *dict.fromkeys(merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 

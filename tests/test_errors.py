@@ -183,7 +183,11 @@ def test_what_is_to_be_lowered_are_parameters() -> None:
 
 
 def test_ctrl_c_is_quiet(project: Path) -> None:
-    code = failing("import time; print('here', file=sys.stderr, flush=True); time.sleep(60)")
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, by what they start too.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = failing(
+        f"{listening}import time; print('here', file=sys.stderr, flush=True); time.sleep(60)"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", f"{code}\nfrom bob.__main__ import main; main()", "split"],
         env={**os.environ, "PYTHONPATH": path()},
