@@ -5,7 +5,7 @@
 const report = JSON.parse(document.getElementById('report').textContent);
 const entries = report.entries;
 const KINDS = ['generated', 'shot', 'validation', 'test', 'rejected'];
-const GENERATED = 0, SHOT = 1, TEST = 3, REJECTED = 4;
+const GENERATED = 0, SHOT = 1, REJECTED = 4;
 
 /** An element, or an SVG element by `svg:name`, with attributes, listeners (functions) and children. */
 function h(tag, attributes = {}, ...children) {
@@ -32,7 +32,6 @@ function text(column, i) {
   return place < 0 ? null : report.texts[column][place];
 }
 const className = (i) => report.classes[entries.class[i]];
-const isReal = (i) => entries.kind[i] >= SHOT && entries.kind[i] <= TEST;
 /** Its three most probable classes: [class, probability], most probable first. */
 const says = (i) => entries.says[i] ?? [];
 /** 1 - the probability of its own class. */
