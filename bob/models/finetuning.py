@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bob.formats.photos import Photo, batches, open_image
 from bob.models import denoising, diffusion
 from bob.models.device import computing_device
 from bob.models.lora import LORA_FILE, add_lora, save_lora
+from bob.models.threads import in_threads
 
 # The maker of a LoRA: the modules that train, and what they stand on.
 MADE_BY = (
@@ -24,6 +26,7 @@ MADE_BY = (
     "models.finetuning",
     "models.loading",
     "models.lora",
+    "models.threads",
 )
 LIBRARIES = ("diffusers", "peft", "pillow", "torch", "transformers")
 ENCODE_BATCH = 8  # photos
@@ -60,8 +63,10 @@ def encode_photos(pipeline: Any, photos: Sequence[Photo]) -> tuple[torch.Tensor,
 
     No flips: a pose says left and right.
     """
+    # Few ahead: a photo may have 100 MB.
+    images = in_threads(open_image, [photo.path for photo in photos], ahead=1)
     encoded = [
-        denoising.encode_images(pipeline, [open_image(photo.path) for photo in batch])
+        denoising.encode_images(pipeline, list(islice(images, len(batch))))
         for batch in tqdm(list(batches(photos, ENCODE_BATCH)), "encoding photos", disable=None)
     ]
     means, stds = zip(*encoded, strict=True)

@@ -32,6 +32,7 @@ from bob.models.backbones import Backbone, open_backbone
 from bob.models.device import computing_device
 from bob.models.preprocessing import read_inputs
 from bob.models.similarity import diversity, kernel_inception_distance, nearest, subset_size
+from bob.models.threads import in_threads
 from bob.stages.caption import accepted_answers, cached_ask
 
 ALIKE = 6  # generated images that are named as like a generated one
@@ -217,8 +218,8 @@ def contexts_shown(
     """
     paths = [GENERATE / image.file for image in images]
     photos = [
-        Photo(path.as_posix(), image.class_name, sha256(path))
-        for path, image in zip(paths, images, strict=True)
+        Photo(path.as_posix(), image.class_name, content)
+        for path, image, content in zip(paths, images, in_threads(sha256, paths), strict=True)
     ]
     ask = cached_ask(cache, params.caption)
     backgrounds, poses = (
@@ -302,6 +303,8 @@ def _features(backbone: Backbone, *sets: Sequence[str | Path]) -> list[np.ndarra
     """Pooled features of each set of images, (n, d) float64."""
     device = computing_device()
     network = backbone.features().eval().to(device)
+    if device.type == "cuda":  # the faster convolutions; on a CPU the features' last bits are kept
+        network = network.to(memory_format=torch.channels_last)
     return [
         torch.cat(
             [
@@ -351,7 +354,10 @@ def _sheet(
             (margin, real_of.get(class_name, [])[:SHEET_REAL]),
             (generated_left, generated_of.get(class_name, [])[:SHEET_GENERATED]),
         ):
-            for column, path in enumerate(paths):
-                image = ImageOps.contain(open_image(path), (cell - 2, cell - 2))
+            for column, image in enumerate(in_threads(_thumbnail, paths)):
                 sheet.paste(image, (left + column * cell, top + title))
     return sheet
+
+
+def _thumbnail(path: Path) -> Image.Image:
+    return ImageOps.contain(open_image(path), (SHEET_CELL - 2, SHEET_CELL - 2))
