@@ -147,8 +147,11 @@ def build_clip_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
-def build_clip(folder: Path) -> Path:
-    """A CLIP of 32 px with its tokenizer and image processor, as a folder of the Hub has them."""
+def build_clip(folder: Path, b16: bool = False) -> Path:
+    """A CLIP of 32 px with its tokenizer and image processor, as a folder of the Hub has them.
+
+    With `b16` of the size of the published ViT-B/16, for 224 px.
+    """
     torch.manual_seed(0)
     tokenizer = build_clip_tokenizer(folder.parent / f"{folder.name}-tokenizer")
     tower = {
@@ -158,19 +161,20 @@ def build_clip(folder: Path) -> Path:
         "num_attention_heads": 2,
     }
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
-    config = CLIPConfig(
-        vision_config={**tower, "image_size": 32, "patch_size": 8},
-        text_config={
-            **tower,
-            **ids,
-            "vocab_size": len(tokenizer),
-            "pad_token_id": ids["eos_token_id"],
-        },
-        projection_dim=24,
-    )
+    text_ids = {**ids, "vocab_size": len(tokenizer), "pad_token_id": ids["eos_token_id"]}
+    if b16:  # else as the classes' defaults
+        config = CLIPConfig(vision_config={"patch_size": 16}, text_config=text_ids)
+        edge, crop = 224, 224
+    else:
+        config = CLIPConfig(
+            vision_config={**tower, "image_size": 32, "patch_size": 8},
+            text_config={**tower, **text_ids},
+            projection_dim=24,
+        )
+        edge, crop = 36, 32
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 36}, crop_size=32).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": edge}, crop_size=crop).save_pretrained(folder)
     return folder
 
 

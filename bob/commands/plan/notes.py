@@ -23,9 +23,9 @@ def notes(
     gpu, many = machine.gpu, f"{machine.count} x " if machine.count > 1 else ""
     lines = [
         f"time, memory: {many}{gpu.name}, {gpu.half:g} TFLOP/s in "
-        f"{'bf16' if gpu.bf16 else 'fp16'} and {gpu.single:g} in fp32, of which "
-        f"{gpus.UTILISATION:.0%} is taken to be reached, "
-        f"{metric(gpu.memory, 'B')}; only products are timed"
+        f"{'bf16' if gpu.bf16 else 'fp16'} and {gpu.single:g} in fp32, "
+        f"{metric(gpu.memory, 'B')}; only products are timed",
+        _shares(gpu),
     ]
     if machine.count > 1:
         lines.append("answers, images and classifiers are spread over the GPUs; finetune takes one")
@@ -56,6 +56,24 @@ def notes(
         if not is_endpoint(folder) and not any(folder.rglob("*.safetensors")):
             lines.append(f"{folder} holds no weights: nothing that was made with them is found")
     return lines + _slow(of, work, gpu) + _too_large(work, gpu)
+
+
+def _shares(gpu: gpus.Gpu) -> str:
+    """What part of the peak is reckoned with, and who says so."""
+    if not gpu.measured:
+        return (
+            f"of the TFLOP/s {gpus.UTILISATION:.0%} is assumed to be reached; `make gpu-check` on "
+            "such a GPU measures it"
+        )
+    reached = ", ".join(
+        f"{work} {share:.0%} in {precision}"
+        for work, by_precision in gpu.shares.items()
+        for precision, share in by_precision.items()
+    )
+    return (
+        f"of the TFLOP/s reached, measured on {gpu.measured}: {reached}; {gpus.UTILISATION:.0%} is "
+        "assumed of other work"
+    )
 
 
 def _slow(of: Params, work: Mapping[str, Work], gpu: gpus.Gpu) -> list[str]:

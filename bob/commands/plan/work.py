@@ -24,7 +24,7 @@ from bob.formats.prompts import ATTRIBUTES, QUESTION, Entry, read_bank
 from bob.formats.review import rejected
 from bob.miniature import world
 from bob.models import denoising, diffusion, finetuning, sampling
-from bob.models.backbones import open_backbone
+from bob.models.backbones import holds_clip, open_backbone
 from bob.models.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS
 from bob.models.endpoint import is_endpoint
 from bob.models.gpus import Gpu
@@ -65,10 +65,14 @@ class Work:
     """What would help where the memory does not suffice, one of these."""
     parts: int = 1
     """Batches of items, each of which can be made on another GPU."""
+    kind: str = ""
+    """Of its products, as `Gpu.seconds` knows it; empty where it is none that is measured."""
 
     def seconds(self, gpu: Gpu, gpus: int = 1) -> float:
         """How long the products take on so many; reading, drawing and writing are not counted."""
-        whole = sum(gpu.seconds(flops, precision) for precision, flops in self.flops.items())
+        whole = sum(
+            gpu.seconds(flops, precision, self.kind) for precision, flops in self.flops.items()
+        )
         shared = min(self.parts, gpus)  # the last round is not full
         return whole * math.ceil(self.parts / shared) / self.parts
 
@@ -297,6 +301,7 @@ def fine_tuning_work(project: Project) -> Work:
             *(["raise finetune.gradient_accumulation"] if parts_of_batch < whole else []),
             *([] if checkpointed else ["set finetune.gradient_checkpointing to true"]),
         ),
+        kind="finetune",
     )
 
 
@@ -371,6 +376,7 @@ def generating_work(project: Project, prompts: Sequence[str] | None) -> Work:
             *(["lower generate.batch_size"] if batch > 1 else []),
         ),
         batches,
+        "generate",
     )
 
 
@@ -433,7 +439,12 @@ def training_work(project: Project, new: Sequence[tuple[str, int]], known: bool)
         len(new) * network.weights,
         ("lower classify.batch_size",) if batch > 1 else (),
         max(Counter(variant for variant, _ in new).values()),  # one variant after the other
+        _kind_of(folder),
     )
+
+
+def _kind_of(backbone: Path) -> str:
+    return "classify_clip" if holds_clip(backbone) else "classify"
 
 
 def missing_classifiers(
@@ -570,6 +581,7 @@ def _looking(project: Project, what: str, looks: int, batch: int, copies: int) -
         what,
         flops={"fp32": looks / batch * look.flops},
         memory=copies * network.weights + look.peak,
+        kind=_kind_of(model_folder(project.params, "classify", "backbone")),
     )
 
 
