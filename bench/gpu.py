@@ -203,7 +203,7 @@ def shares(sections: Mapping[str, Figures]) -> dict[str, dict[str, float]]:
         default="",
     )
     trained, auto = classifiers.get("precision"), generation.get("precision")
-    found = {
+    found: dict[str, dict[Any, Any]] = {
         "finetune": {
             one: at.get(f"fine_tuning / {one} / share_of_peak") for one in ("bf16", "fp16", "fp32")
         },

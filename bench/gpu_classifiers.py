@@ -25,6 +25,19 @@ CLASSES = 100
 TINY_SIDE = 32  # pixels
 INPUT_SHARE = 0.1  # of a step, at most
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RECIPE = training.Recipe(
+    lora_rank=0,
+    real_weight=0.5,
+    mix="cutmix",
+    mix_probability=0.2,
+    learning_rate=1e-4,
+    layer_decay=1.0,
+    weight_decay=1e-2,
+    warmup_epochs=1,
+    epochs=1,
+    batch_size=BATCH // 2,
+    precision="auto",
+)
 PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
 SIZES = (1, 32)
 AGREEMENT = {"fp32": 0.99, "fp16": 0.95}  # of the images, the same class as torch, at least
@@ -69,7 +82,7 @@ def classifiers(setting: Setting) -> Figures:
     """A training step of 20 real and 20 synthetic images: with input and without, by layout."""
     folder = setting.scratch / "images"
     folder.mkdir()
-    images = draw_images(folder, 10 if setting.tiny else 100, 64 if setting.tiny else 512)
+    images = draw_images(folder, 10 if setting.tiny else 100, TINY_SIDE if setting.tiny else 512)
     figures: Figures = {"batch": BATCH, "precision": setting.auto, "wrong": []}
     for name, subject in _subjects(setting).items():
         sources = [
@@ -103,12 +116,7 @@ def _step_seconds(
     real, synthetic = sources
 
     def train(epochs: int) -> float:
-        recipe = training.Recipe(
-            **{"lora_rank": 0, "real_weight": 0.5, "mix": "cutmix", "mix_probability": 0.2},
-            **{"learning_rate": 1e-4, "layer_decay": 1.0, "weight_decay": 1e-2},
-            **{"warmup_epochs": 1, "epochs": epochs, "batch_size": BATCH // 2},
-            precision=setting.auto,
-        )
+        recipe = replace(RECIPE, epochs=epochs, precision=setting.auto)
         model, dtype = subject.build(), DTYPES[setting.auto]
         task = (model, subject.kept, real, synthetic, None, recipe, 0, setting.device, dtype)
         return seconds(lambda: training.train(*task))
@@ -140,6 +148,7 @@ def _example(setting: Setting, subject: Subject, count: int) -> torch.Tensor:
 def _flops_of_step(setting: Setting, subject: Subject) -> float:
     """Forward and backward; the texts of a CLIP are read once, however many images there are."""
     model = subject.build().to(setting.device)
+    training.to_train_mode(model)
 
     def count(images: int) -> float:
         # The fused kernels of a CPU are not counted; those that they stand for are.
