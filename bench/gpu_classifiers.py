@@ -122,7 +122,8 @@ def _step_seconds(
         return seconds(lambda: training.train(*task))
 
     few, many = (1, 2) if setting.tiny else (2, 10)
-    train(1)
+    if not setting.tiny:
+        train(1)  # to warm up
     steps = (many - few) * -(-len(real) // (BATCH // 2))
     return max(1e-9, (train(many) - train(few)) / steps)
 

@@ -72,6 +72,10 @@ def _photos(setting: Setting) -> int:
     return 8 if setting.tiny else PHOTOS
 
 
+def _epochs(setting: Setting) -> int:
+    return 3 if setting.tiny else EPOCHS
+
+
 def fine_tuning(setting: Setting) -> Figures:
     """Steps of 8 photos in each precision, and in fp32 with products in TF32."""
     flops = BATCH * finetune_speed.flops_of_image(setting.base(), 1, True)
@@ -81,7 +85,7 @@ def fine_tuning(setting: Setting) -> Figures:
         torch.set_float32_matmul_precision("high" if name.endswith("tf32") else "highest")
         forget_peak()
         watch = Watch()
-        _, losses = _train(setting, precision, EPOCHS, watch)
+        _, losses = _train(setting, precision, _epochs(setting), watch)
         epochs = [after - before for before, after in pairwise(watch.ended)]
         step = statistics.median(epochs) * BATCH / _photos(setting)
         figures[name] = {
@@ -96,7 +100,7 @@ def fine_tuning(setting: Setting) -> Figures:
                 setting,
                 "finetune",
                 "fine_tuning_work",
-                {**SETTINGS, "precision": precision, "epochs": EPOCHS},
+                {**SETTINGS, "precision": precision, "epochs": _epochs(setting)},
                 photos=_photos(setting),
             )
     torch.set_float32_matmul_precision("highest")
