@@ -35,7 +35,9 @@ CAPTIONED = 16  # caption.batch_size
 class Silent:
     """A model that has nothing to say, at once."""
 
-    made_by, libraries, elsewhere = (), (), False
+    made_by: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+    elsewhere = False
     settings: dict[str, object] = {}  # noqa: RUF012
 
     def answer(self, images: Sequence[object], question: str, max_tokens: int) -> list[str]:
