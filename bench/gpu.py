@@ -152,26 +152,22 @@ def rounded(value: Any) -> Any:
 # --- the result ----------------------------------------------------------------------------------
 
 
-def result_of(sections: Mapping[str, Figures]) -> Figures:
-    """What is written: sections, machine, and the shares of the peak for `bob plan`."""
+def machine() -> Figures:
+    """What the figures are of."""
     import torch
 
     gpu = torch.cuda.is_available()
-    return anonymous(
-        {
-            "gpu": torch.cuda.get_device_name() if gpu else "none",
-            "memory": torch.cuda.get_device_properties(0).total_memory if gpu else 0,
-            "driver": driver(),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version() if gpu else None,
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "libraries": dict(versions()),
-            "date": date.today().isoformat(),
-            "shares": shares(sections),
-            "sections": rounded(dict(sections)),
-        }
-    )
+    return {
+        "gpu": torch.cuda.get_device_name() if gpu else "none",
+        "memory": torch.cuda.get_device_properties(0).total_memory if gpu else 0,
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if gpu else None,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "libraries": dict(versions()),
+        "date": date.today().isoformat(),
+    }
 
 
 def versions() -> Iterator[tuple[str, str]]:
@@ -277,12 +273,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given.tiny and not torch.cuda.is_available():
         print("torch sees no GPU; --tiny runs on any machine", file=sys.stderr)
         return 1
+    on = machine()
     with tempfile.TemporaryDirectory() as scratch:
         sections = check(given.only or list(SECTIONS), Path(scratch), given.tiny)
-    result = result_of(sections)
+    result = anonymous({**on, "shares": rounded(shares(sections)), "sections": rounded(sections)})
     path = given.output
     if path is None and not given.tiny and not given.only:
-        path = RESULTS / f"{slug(result['gpu'])}.json"
+        path = RESULTS / f"{slug(on['gpu'])}.json"
     if path:
         write(result, path)
         print(f"\nwritten: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")

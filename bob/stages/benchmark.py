@@ -176,9 +176,9 @@ def start_session(path: Path, provider: str) -> onnxruntime.InferenceSession | s
     """A session on that execution provider of the computing device, or why there is none."""
     if provider not in onnxruntime.get_available_providers():
         return "is not in this build of ONNX Runtime"
-    options = _session_options()
-    device = computing_device()
-    settings = {"device_id": str(device.index)} if device.type == "cuda" else {}
+    options, device = _session_options(), computing_device()
+    on_gpu = provider in GPU_PROVIDERS and device.type == "cuda"
+    settings = {"device_id": str(device.index)} if on_gpu else {}
     if provider == "CUDAExecutionProvider":
         settings["use_tf32"] = "0"
     try:
