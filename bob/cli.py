@@ -166,6 +166,23 @@ def fetch(model: str | None, folder: Path | None, update: bool, listed: bool) ->
 
 
 @cli.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--yes", is_flag=True, help="Write without asking.")
+@click.option("--fetch", "fetch_models", is_flag=True, help="Fetch the models that are missing.")
+def use(names: tuple[str, ...], yes: bool, fetch_models: bool) -> None:
+    """Write presets into params.yaml, after showing the difference; without a NAME, list them.
+
+    Presets are recipes, models, datasets and methods, in experiments/presets.yaml.
+    """
+    from bob.commands import use as using
+
+    if names:
+        using.use(names, yes=yes, fetch_models=fetch_models)
+    else:
+        using.list_presets()
+
+
+@cli.command()
 @click.argument("name", type=click.Choice(["aircraft", "cars", "cub", "pets", "flowers"]))
 @click.option(
     "--from",
