@@ -75,7 +75,10 @@ class Handler(BaseHTTPRequestHandler):
         if name is None:
             return self.send(404, {"X-Error-Code": "RepoNotFound"})
         repository = self.hub.repositories[name]
-        if repository.needs and self.headers.get("Authorization") != "Bearer hf_mine":
+        closed = repository.needs != "GatedRepo" or not path.startswith(
+            "api/"
+        )  # its list is public
+        if closed and repository.needs and self.headers.get("Authorization") != "Bearer hf_mine":
             status = 401 if repository.needs == "RepoNotFound" else 403
             return self.send(status, {"X-Error-Code": repository.needs})
         if path.startswith(f"{name}/resolve/"):

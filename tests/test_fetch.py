@@ -349,10 +349,15 @@ def test_no_network_by_wish_or_not_is_told(hub, untracked, monkeypatch):
 
 def test_a_full_disk_is_told_before_anything_comes(hub, untracked, monkeypatch):
     usage = shutil.disk_usage(".")
+    Path(".dvc/config").write_text("[cache]\n    type = copy\n")
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: usage._replace(free=5))
-    assert "has 5 bytes free, and " in told("org/plain")
+    line = told("org/plain")
+    assert "models/.fetch/plain/" in line
+    assert "has 5 bytes free, and 18 bytes are needed, of which 9 bytes are DVC's copy" in line
     assert hub.asked == []
     assert not Path("models/plain").exists()
+    Path(".dvc/config").write_text("[cache]\n    type = hardlink\n")
+    assert "and 9 bytes are needed; free space" in told("org/plain")
 
 
 # --- breaks ----------------------------------------------------------------------------------
@@ -373,10 +378,13 @@ def test_a_download_that_breaks_off_goes_on_with_what_is_missing(hub, untracked)
 def test_a_download_that_is_killed_goes_on_with_what_is_missing(hub, untracked):
     hub.waiting.add("model.safetensors")
     hub_of_it = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    of_tests = {key: value for key, value in os.environ.items() if "PROGRESS_BARS" not in key}
     process = subprocess.Popen(
         [sys.executable, "-m", "bob", "fetch", "org/plain"],
-        env=os.environ | hub_of_it | {"HF_HOME": "home", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
+        env=of_tests | hub_of_it | {"HF_HOME": "home", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     draft = Path("models/.fetch/plain") / commit_of(PLAIN)
     deadline = time.monotonic() + 60
@@ -386,7 +394,9 @@ def test_a_download_that_is_killed_goes_on_with_what_is_missing(hub, untracked):
         assert process.poll() is None
         threading.Event().wait(0.02)  # `sleep` returns at once here
     process.kill()
-    process.wait()
+    output, _ = process.communicate()
+    assert output.startswith("org/plain@main is commit ")
+    assert output.count("\n") == 1, output
     hub.waiting.clear()
     hub.asked.clear()
     fetched("org/plain")

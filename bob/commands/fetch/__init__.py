@@ -220,19 +220,19 @@ def _download(snapshot: Snapshot, chosen: frozenset[str], folder: Path) -> None:
 
 
 def _check_space(missing: int, whole: int, draft: Path) -> None:
+    """Raise BobError unless the disks have room for what is missing, and for DVC's copy of all."""
     with ObjectStore() as store:
-        cache = whole if store.copies(draft / "link") else 0
-        needs: dict[int, int] = {}
-        for place, bytes_ in ((draft, missing), (store.root, cache)):
-            device = place.stat().st_dev
-            needs[device] = needs.get(device, 0) + bytes_
-            free = shutil.disk_usage(place).free
-            if needs[device] > free:
-                copy = f", of which {bytes_in_words(cache)} are DVC's copy" if cache else ""
-                raise BobError(
-                    f"{place} has {bytes_in_words(free)} free, and {bytes_in_words(needs[device])} "
-                    f"are needed{copy}; free space and run it again"
-                )
+        cache = store.root
+        copy = whole if store.copies(draft / "link") else 0
+    together = draft.stat().st_dev == cache.stat().st_dev
+    needs = {draft: missing + copy} if together else {draft: missing, cache: copy}
+    for place, needed in needs.items():
+        if needed > (free := shutil.disk_usage(place).free):
+            words = f", of which {bytes_in_words(copy)} are DVC's copy" if together and copy else ""
+            raise BobError(
+                f"{place} has {bytes_in_words(free)} free, and {bytes_in_words(needed)} are needed"
+                f"{words}; free space and run it again"
+            )
 
 
 def _files(count: int, bytes_: int) -> str:
@@ -244,7 +244,7 @@ def bytes_in_words(count: int) -> str:
     for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
         if count >= 10**power:
             return f"{count / 10**power:.1f} {unit}"
-    return f"{count} bytes"
+    return f"{count} byte{'' if count == 1 else 's'}"
 
 
 def _say(line: str) -> None:

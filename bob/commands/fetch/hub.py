@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import shutil
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -116,7 +117,10 @@ def download(snapshot: Snapshot, files: Collection[str], draft: Path) -> None:
     Raises BobError; what is complete stays then.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():  # which it asks for some of its bars and not for all
+        disable_progress_bars()
     for partial in draft.glob(f"{_NOTES}/**/*.incomplete"):  # of a process that was killed
         partial.unlink(missing_ok=True)
     with translated(snapshot.repository, snapshot.asked):
@@ -157,7 +161,7 @@ def translated(repository: str, revision: str) -> Iterator[None]:
 
     try:
         yield
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # the last is of hf_xet
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
             raise
         cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
