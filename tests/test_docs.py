@@ -127,7 +127,7 @@ def told_by_click(
         return None
     if strange := set(values.get("stages") or ()) - set(STAGES):
         return f"no stages: {strange}"
-    if strange := set(values.get("names") or ()) - set(read_presets(ROOT / PRESETS)):
+    if whole and (strange := set(values.get("names") or ()) - set(read_presets(ROOT / PRESETS))):
         return f"no presets: {strange}"
     if name == "study" and values:
         named = read_study(values["file"]).settings
