@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,7 @@ def of_a_pipeline(**changed):
             {"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline"}'},
             "org/x@main is a StableDiffusionXLPipeline, and bob loads a StableDiffusionPipeline",
         ),
+        ({"model_index.json": b"[]"}, "org/x@main: its model_index.json is no JSON object"),
     ],
 )
 def test_what_bob_does_not_load_is_told_before_any_of_it_comes(hub, untracked, files, said):
@@ -308,7 +310,7 @@ def test_what_bob_does_not_load_is_told_before_any_of_it_comes(hub, untracked, f
 def test_safetensors_on_a_pull_request_are_pointed_to(hub, untracked):
     converted = {"refs/pr/2": PICKLED | {"a": b""}, "refs/pr/11": PLAIN, "refs/pr/9": PLAIN}
     hub.add("org/x", PICKLED, **converted)
-    assert "refs/pr/11, refs/pr/9 have them: bob fetch org/x@refs/pr/11\n" in told("org/x")
+    assert "refs/pr/11, refs/pr/9 have them: bob fetch org/x@refs/pr/11 models/x\n" in told("org/x")
     assert fetched("org/x@refs/pr/11")
 
 
@@ -460,25 +462,44 @@ def test_an_update_that_fails_leaves_the_old_model(hub, untracked, monkeypatch):
     assert Path("models/plain.dvc").read_text() == before
 
 
-@pytest.mark.parametrize("moment", range(4))
-def test_an_update_that_is_killed_at_any_moment_goes_on(hub, untracked, monkeypatch, moment):
-    fetched("org/plain")
-    new = hub.add("org/plain", NEWER)
-    left = iter(range(4))
+@contextmanager
+def killed_at(moment, monkeypatch):
+    """At a step of the placing of a model, by its number, its process ends and tidies nothing."""
+    steps = iter(range(4))
 
-    def until_the_moment(function):
+    def unless_killed(function):
         def call(*arguments):
-            if next(left) == moment:
+            if next(steps) == moment:
                 raise SystemExit(9)
             return function(*arguments)
 
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetching, "_recover", lambda _: None)  # which a killed process does not
-        patch.setattr(Path, "rename", until_the_moment(Path.rename))
+        patch.setattr(fetching, "_recover", lambda _: None)
+        patch.setattr(Path, "rename", unless_killed(Path.rename))
         for step in ("add", "write_origin"):
-            patch.setattr(fetching, step, until_the_moment(getattr(fetching, step)))
+            patch.setattr(fetching, step, unless_killed(getattr(fetching, step)))
+        yield
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_a_fetch_that_is_killed_when_all_is_there_downloads_nothing_again(
+    hub, untracked, monkeypatch, moment
+):
+    with killed_at(moment, monkeypatch):
+        assert fetch("org/plain").exit_code == 9
+    assert "DVC tracks models/plain" in fetched("org/plain")
+    assert hub.asked.count("model.safetensors") == 1
+    assert origin_of("plain").commit == commit_of(PLAIN)
+    assert listing("models/.fetch") == set()
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_an_update_that_is_killed_at_any_moment_goes_on(hub, untracked, monkeypatch, moment):
+    fetched("org/plain")
+    new = hub.add("org/plain", NEWER)
+    with killed_at(moment, monkeypatch):
         assert fetch("--update").exit_code == 9
     assert "->" in fetched("--update")
     assert hub.asked.count("model.safetensors") == 2, "once of each commit"

@@ -53,7 +53,7 @@ def fetch(model: str, folder: Path | None = None) -> None:
             _recover(folder)
     check_free(folder, "models")
     snapshot = hub.resolve(repository, revision)
-    chosen = _choose(snapshot)
+    chosen = _choose(snapshot, folder)
     with locked(_drafts(folder)):
         check_free(folder, "models")
         _download(snapshot, chosen, folder)
@@ -84,7 +84,7 @@ def _update(folder: Path, old: Origin) -> None:
         if snapshot.commit == old.commit:
             _say(f"{folder}: nothing new; {snapshot} is still {old.commit}")
             return
-        chosen = _choose(snapshot)
+        chosen = _choose(snapshot, folder)
         _download(snapshot, chosen, folder)
         _place(folder, _origin(snapshot, chosen))
     _say(f"{folder}: {old.commit} -> {snapshot.commit}; git add {tracking_file(folder)}")
@@ -154,8 +154,11 @@ def _origin(snapshot: Snapshot, chosen: frozenset[str]) -> Origin:
     return Origin(snapshot.repository, snapshot.asked, snapshot.commit, left_out)
 
 
-def _choose(snapshot: Snapshot) -> frozenset[str]:
-    """The files of a snapshot that bob reads; raises BobError where these make no model."""
+def _choose(snapshot: Snapshot, folder: Path) -> frozenset[str]:
+    """The files of a snapshot that bob reads; raises BobError where these make no model.
+
+    `folder` is where they are to come to, for what is said then.
+    """
     names = snapshot.sizes.keys()
     index = hub.read(snapshot, INDEX) if INDEX in names else None
     if index is None and "config.json" not in names:
@@ -163,6 +166,8 @@ def _choose(snapshot: Snapshot) -> frozenset[str]:
             f"{snapshot} is no model in the format of diffusers, transformers or timm: it has "
             f"neither {INDEX} nor config.json; take a repository that has"
         )
+    if not isinstance(index, Mapping | None):
+        raise BobError(f"{snapshot}: its {INDEX} is no JSON object; take another")
     try:
         found = wanted(names, index)
     except BobError as error:
@@ -178,7 +183,7 @@ def _choose(snapshot: Snapshot) -> frozenset[str]:
         )
     raise BobError(
         f"{snapshot} has no safetensors weights{part}, and pickled ones are not loaded; "
-        f"{_elsewhere(snapshot.repository, index)}"
+        f"{_elsewhere(snapshot.repository, index, folder)}"
     )
 
 
@@ -187,7 +192,7 @@ def _plain(found: Wanted) -> str:
     return f"{folder}{stem.partition('.')[0]}.safetensors"
 
 
-def _elsewhere(repository: str, index: Mapping[str, Any] | None) -> str:
+def _elsewhere(repository: str, index: Mapping[str, Any] | None, folder: Path) -> str:
     """Where else a repository may have safetensors: on pull requests, which bots make of them."""
     found = []
     with suppress(BobError), hub.translated(repository, hub.REVISION):
@@ -196,10 +201,10 @@ def _elsewhere(repository: str, index: Mapping[str, Any] | None) -> str:
                 found.append(reference)
     if found:
         has = "has them" if len(found) == 1 else "have them"
-        return f"{', '.join(found)} {has}: bob fetch {repository}@{found[0]}"
+        return f"{', '.join(found)} {has}: bob fetch {repository}@{found[0]} {folder}"
     return (
         f"{hub.page(repository)}/discussions may have a pull request with them: "
-        f"bob fetch {repository}@refs/pr/N"
+        f"bob fetch {repository}@refs/pr/N {folder}"
     )
 
 
