@@ -28,7 +28,7 @@ class Repository:
     refs: dict[str, Files]
     """Branches and tags by name, pull requests by `refs/pr/N`."""
     needs: str = ""
-    """The error code of who has no token: GatedRepo, RepoNotFound."""
+    """The error code of who has no right token: GatedRepo, RepoNotFound, or that token's fault."""
 
     def files(self, revision: str) -> Files | None:
         by_commit = {commit_of(files): files for files in self.refs.values()}
@@ -79,8 +79,9 @@ class Handler(BaseHTTPRequestHandler):
             "api/"
         )  # its list is public
         if closed and repository.needs and self.headers.get("Authorization") != "Bearer hf_mine":
-            status = 401 if repository.needs == "RepoNotFound" else 403
-            return self.send(status, {"X-Error-Code": repository.needs})
+            status = 403 if repository.needs == "GatedRepo" else 401
+            kind = "Code" if repository.needs in ("GatedRepo", "RepoNotFound") else "Message"
+            return self.send(status, {f"X-Error-{kind}": repository.needs})
         if path.startswith(f"{name}/resolve/"):
             commit, _, file = path.removeprefix(f"{name}/resolve/").partition("/")
             return self.content(repository.files(commit) or {}, commit, file, with_body)

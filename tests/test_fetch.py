@@ -335,6 +335,14 @@ def test_a_private_model_is_told_like_one_that_is_missing(hub, untracked, monkey
     assert "no model org/plain that the account of HF_TOKEN may see" in told("org/plain")
 
 
+def test_a_token_that_the_hub_does_not_know_is_told(hub, untracked, monkeypatch):
+    hub.repositories["org/plain"].needs = "Invalid credentials in Authorization header"
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    assert "org/plain@main: the Hub does not know the token in HF_TOKEN; set HF_TOKEN to" in told(
+        "org/plain"
+    )
+
+
 def test_a_limit_of_requests_is_told_with_how_long_to_wait(hub, untracked):
     hub.limited = True
     assert "run it again in 55 seconds, or set HF_TOKEN" in told("org/plain")
@@ -484,7 +492,7 @@ def killed_at(moment, monkeypatch):
 
 
 @pytest.mark.parametrize("moment", range(3))
-def test_a_fetch_that_is_killed_when_all_is_there_downloads_nothing_again(
+def test_a_fetch_that_is_killed_when_all_is_there_downloads_no_weights_again(
     hub, untracked, monkeypatch, moment
 ):
     with killed_at(moment, monkeypatch):

@@ -102,28 +102,28 @@ def replace(changes: Mapping[str, Any]) -> None:
 
 
 def edited(text: str, changes: Mapping[str, Any]) -> str:
-    """`text`, that of a `params.yaml`, with parameters set as by `replace`."""
+    """`text`, that of a `params.yaml`, with parameters set as `replace` does."""
     values = YAML(typ="safe").load(text)
     places = {
         f"{section.value}.{key.value}": node
         for section, keys in YAML().compose(text).value
         for key, node in keys.value
     }
-    changed = text
+    changed, safe = text, True
     for key in sorted(changes, key=lambda key: places[key].start_mark.index, reverse=True):
         place = places[key]
         start, end = place.start_mark.index, place.end_mark.index
         block = isinstance(place, SequenceNode) and not place.flow_style
-        if block or text[start] in "&!*|>":  # of which more than the value would change
-            raise _unsafe(key, changes[key])
+        # Of an anchor, a tag or a block, more than the value would change.
+        safe = safe and not block and text[start] not in "&!*|>"
         changed = changed[:start] + written(changes[key]) + changed[end:]
         section, _, name = key.partition(".")
         values[section][name] = changes[key]
-        if YAML(typ="safe").load(changed)[section][name] != changes[key]:
-            raise _unsafe(key, changes[key])
-    if YAML(typ="safe").load(changed) != values:
-        raise _unsafe(*next(iter(changes.items())))
-    return changed
+    with suppress(YAMLError):
+        if safe and YAML(typ="safe").load(changed) == values:
+            return changed
+    by_hand = ", ".join(f"{key} to {written(value)}" for key, value in changes.items())
+    raise BobError(f"{PARAMS} cannot be changed safely; set {by_hand} yourself")
 
 
 def written(value: Any) -> str:
@@ -133,10 +133,6 @@ def written(value: Any) -> str:
             if YAML(typ="safe").load(value) == value:
                 return value
     return json.dumps(value, ensure_ascii=False)
-
-
-def _unsafe(key: str, value: Any) -> BobError:
-    return BobError(f"{PARAMS} cannot be changed safely; set {key} to {written(value)} yourself")
 
 
 def select(values: Mapping[str, Any], keys: Iterable[str], stage: str) -> dict[str, Any]:

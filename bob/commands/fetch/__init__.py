@@ -211,7 +211,7 @@ def _elsewhere(repository: str, index: Mapping[str, Any] | None, folder: Path) -
 def _download(snapshot: Snapshot, chosen: frozenset[str], folder: Path) -> None:
     """Download the chosen files of a snapshot to the draft of the folder."""
     draft, sizes = _draft(folder, snapshot.commit), snapshot.sizes
-    stay = [size for name, size in sizes.items() if name not in chosen]
+    stay = [sizes[name] for name in sizes if name not in chosen]
     come = sum(sizes[name] for name in chosen)
     there = sum(sizes[name] for name in chosen if (draft / name).is_file())
     _say(

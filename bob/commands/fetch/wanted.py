@@ -46,7 +46,10 @@ def wanted(names: Collection[str], index: Mapping[str, Any] | None) -> Wanted:
         networks = [""]
     else:
         if (kind := index.get("_class_name")) != PIPELINE:
-            raise BobError(f"is a {kind}, and bob loads a {PIPELINE} (Stable Diffusion 1.x or 2.x)")
+            raise BobError(
+                f"is a {kind or 'pipeline of no class'}, and bob loads a {PIPELINE} (Stable "
+                "Diffusion 1.x or 2.x)"
+            )
         parts = [f"{part}/" for part in _parts(index)]
         networks = [part for part in parts if part[:-1] in _NETWORKS]
         files = {INDEX}.union(*(_weights(part, names) | _settings(part, names) for part in parts))
