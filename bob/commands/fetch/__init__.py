@@ -209,7 +209,7 @@ def _elsewhere(repository: str, index: Mapping[str, Any] | None, folder: Path) -
 
 
 def _download(snapshot: Snapshot, chosen: frozenset[str], folder: Path) -> None:
-    """Download the chosen files of a snapshot to the draft of the folder."""
+    """Download the chosen files of a snapshot to the draft of the folder, and check them."""
     draft, sizes = _draft(folder, snapshot.commit), snapshot.sizes
     stay = [sizes[name] for name in sizes if name not in chosen]
     come = sum(sizes[name] for name in chosen)
@@ -222,6 +222,8 @@ def _download(snapshot: Snapshot, chosen: frozenset[str], folder: Path) -> None:
     draft.mkdir(parents=True, exist_ok=True)
     _check_space(come - there, come, draft)
     hub.download(snapshot, chosen, draft)
+    _say(f"{snapshot} is here, to be checked and taken in by DVC; gigabytes take minutes")
+    hub.verify(snapshot, chosen, draft)
 
 
 def _check_space(missing: int, whole: int, draft: Path) -> None:

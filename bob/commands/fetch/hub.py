@@ -112,7 +112,7 @@ def read(snapshot: Snapshot, name: str) -> Any:
 
 
 def download(snapshot: Snapshot, files: Collection[str], draft: Path) -> None:
-    """Bring `files` into `draft`, except those that are there, and nothing else; check the bytes.
+    """Bring `files` into `draft`, except those that are there.
 
     Raises BobError; what is complete stays then.
     """
@@ -131,6 +131,14 @@ def download(snapshot: Snapshot, files: Collection[str], draft: Path) -> None:
             allow_patterns=[glob.escape(name) for name in files],
             max_workers=_AT_ONCE,
         )
+
+
+def verify(snapshot: Snapshot, files: Collection[str], draft: Path) -> None:
+    """Hold `files` in `draft` to the Hub's checksums, and remove all else from it.
+
+    Raises BobError where one is not as the Hub has it; that one is removed then.
+    """
+    with translated(snapshot.repository, snapshot.asked):
         check = api().verify_repo_checksums(
             snapshot.repository, revision=snapshot.commit, local_dir=draft
         )

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bob.commands.configuration import VARIANT
 from bob.errors import BobError
 
 INDEX = "model_index.json"
@@ -22,7 +23,6 @@ _STEMS = ("model", "diffusion_pytorch_model")
 _SETTINGS = re.compile(r"[^/]+\.(json|txt|model|jinja)")
 _INDEX_OF_WEIGHTS = re.compile(r".*\.index\.(\w+\.)?json")
 _ABOUT = re.compile(r"(readme|licen[cs]e|notice)[\w.-]*", re.IGNORECASE)
-_VARIANT = re.compile(r"(diffusion_pytorch_)?model\.[a-z]\w*(-\d+-of-\d+)?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def wanted(names: Collection[str], index: Mapping[str, Any] | None) -> Wanted:
         files = {INDEX}.union(*(_weights(part, names) | _settings(part, names) for part in parts))
     about = {name for name in names if _ABOUT.fullmatch(name)}
     lacking = tuple(folder for folder in networks if not _weights(folder, names))
-    variants = [name for folder in lacking[:1] for name in sorted(_in(folder, names, _VARIANT))]
+    variants = [name for folder in lacking[:1] for name in sorted(_in(folder, names, VARIANT))]
     return Wanted(frozenset(files | about), lacking, next(iter(variants), None))
 
 
