@@ -55,7 +55,7 @@ class Subject:
 
 def _subjects(setting: Setting) -> dict[str, Subject]:
     """By name; the classifiers of full size are ResNet-50, ViT-B/16 and CLIP's with a LoRA."""
-    from tests.builders import build_clip
+    from tests import builders
 
     networks: dict[str, dict[str, int]] = {"resnet50": {}, "vit_base_patch16_224": {}}
     preprocessing = PREPROCESSING
@@ -70,7 +70,14 @@ def _subjects(setting: Setting) -> dict[str, Subject]:
         )
         for name, options in networks.items()
     }
-    clip = open_backbone(setting.built("clip", lambda path: build_clip(path, not setting.tiny)))
+    b16 = {
+        "vision_config": builders.CLIP_B16_VISION,
+        "text_config": builders.CLIP_B16_TEXT,
+        "projection_dim": 512,
+        "resized": 224,
+    }
+    build_clip: Callable[..., Path] = partial(builders.build_clip, **{} if setting.tiny else b16)
+    clip = open_backbone(setting.built("clip", build_clip))
     task = Task("bird", tuple(f"wren {number}" for number in range(CLASSES)))
     subjects["clip_lora"] = Subject(
         lambda: clip.trainable(task, 16), clip.classifier, clip.preprocessing

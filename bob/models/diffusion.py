@@ -100,6 +100,12 @@ def autoencoded_at_once(pipeline: StableDiffusionPipeline) -> int:
     return max(1, AUTOENCODED_PIXELS // resolution(pipeline) ** 2)
 
 
+def cut_short(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> int:
+    """How many of the texts have more tokens than the model reads."""
+    whole = pipeline.tokenizer(list(texts), verbose=False).input_ids
+    return sum(len(tokens) > pipeline.tokenizer.model_max_length for tokens in whole)
+
+
 def tokenize(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> torch.Tensor:
     """Token ids, (n, model_max_length), padded and truncated as the pipeline does."""
     return pipeline.tokenizer(

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from bob.cache.checkpoints import Checkpoint
+from bob.errors import tell
 from bob.formats.photos import Photo, batches, open_image
 from bob.models import denoising, diffusion
 from bob.models.device import computing_device
@@ -54,6 +55,11 @@ def train(
     diffusion.cast(pipeline.unet, dtype, device)
     diffusion.cast(pipeline.text_encoder, dtype, device)
     tokens = diffusion.tokenize(pipeline, captions)
+    if cut := diffusion.cut_short(pipeline, captions):
+        tell(
+            f"finetune: warning: {cut} of {len(captions)} captions have more than the "
+            f"{tokens.shape[1]} tokens that {base_model} reads; their ends are not read"
+        )
     parameters = add_lora(pipeline, settings.rank, settings.seed)
     losses = denoising.train(pipeline, parameters, means, stds, tokens, settings, dtype, checkpoint)
     with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from PIL import Image
 from bob.errors import BobError
 from bob.models import diffusion
 from bob.models.device import autocast, computing_device
-from bob.models.loading import check_finite
+from bob.models.loading import check_finite, quiet
 from bob.models.precision import dtype_name, resolve_precision
 
 # Named in an image's key in the item cache: the modules that make it, and what they stand on.
@@ -135,10 +135,11 @@ def encode_prompts(
 
     One prompt at a time: the last bits of an embedding must not depend on the others asked for.
     """
-    return {
-        text: pipeline.encode_prompt(text, pipeline.device, 1, False)[0][0]
-        for text in dict.fromkeys(prompts)
-    }
+    with quiet():  # of what is too long, which fine-tuning tells
+        return {
+            text: pipeline.encode_prompt(text, pipeline.device, 1, False)[0][0]
+            for text in dict.fromkeys(prompts)
+        }
 
 
 @torch.no_grad()
