@@ -70,13 +70,13 @@ def _subjects(setting: Setting) -> dict[str, Subject]:
         )
         for name, options in networks.items()
     }
-    b16 = {
+    b16: dict[str, Any] = {
         "vision_config": builders.CLIP_B16_VISION,
         "text_config": builders.CLIP_B16_TEXT,
         "projection_dim": 512,
         "resized": 224,
     }
-    build_clip: Callable[..., Path] = partial(builders.build_clip, **{} if setting.tiny else b16)
+    build_clip = partial(builders.build_clip, **{} if setting.tiny else b16)
     clip = open_backbone(setting.built("clip", build_clip))
     task = Task("bird", tuple(f"wren {number}" for number in range(CLASSES)))
     subjects["clip_lora"] = Subject(
