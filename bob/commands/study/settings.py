@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bob.errors import BobError
-from bob.formats.params import PARAMS, check, read_yaml, schema
+from bob.formats.params import check, load, read_yaml, schema
 
 PRESETS = "presets.yaml"  # beside the study's file
 
@@ -67,7 +67,7 @@ def read_settings(
     if any("use" in part for part in (content, *entries.values())):
         presets = read_yaml(file)
         check(file, presets, {"$ref": "#/$defs/presets", "$defs": rules["$defs"]})
-    params = read_yaml(PARAMS)
+    params = load()
     settings = {}
     for name, entry in entries.items():
         where = f"{path}, setting {name}"
@@ -123,7 +123,7 @@ def overridden(
 
     Raises BobError naming `where` for what `params.yaml` does not allow.
     """
-    values: dict[str, Any] = deepcopy(dict(params or read_yaml(PARAMS)))
+    values: dict[str, Any] = deepcopy(dict(params or load()))
     for key, value in overrides.items():
         section, _, name = key.partition(".")
         values.setdefault(section, {})[name] = value
