@@ -392,7 +392,7 @@ def test_what_is_in_the_project(path, inside):
     ],
 )
 def test_a_command_of_several_parts_is_told(command):
-    with pytest.raises(BobError, match="^stages.x.cmd is not one `python -m bob ...`"):
+    with pytest.raises(BobError, match=r"^stages\.x\.cmd is not one `python -m bob"):
         verify._arguments(command, "stages.x")
     assert verify._arguments("python -m bob split", "stages.x") == ("split",)
 

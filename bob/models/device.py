@@ -25,6 +25,12 @@ def computing_device() -> torch.device:
     return device
 
 
+def device_here() -> str:
+    """The device of this process: the GPU as torch calls it, or cpu."""
+    device = computing_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Autocast to `dtype` on `device`; nothing at all for fp32."""
     if dtype == torch.float32:
