@@ -20,7 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 DEEP = ("I", "F")
 
 _TEXT = {"type": "string", "pattern": r"\S", "description": "a text that is not blank"}
-_PHOTO = dict.fromkeys(("path", "class_name", "sha256"), _TEXT)
+_PHOTO = {"path": _TEXT, "class_name": _TEXT, "sha256": {"type": "string"}}
 PHOTO_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": list(_PHOTO),
