@@ -99,12 +99,12 @@ def test_a_lora_that_is_not_finite_makes_no_black_images(models, tmp_path):
     pipeline = diffusion.load(models["unet"], CPU)
     add_lora(pipeline, rank=2, seed=0)
     save_lora(pipeline, tmp_path)
-    sampling.load(models["unet"], tmp_path, CPU)
+    sampling.load(models["unet"], tmp_path)
     weights = load_file(tmp_path / LORA_FILE)
     next(iter(weights.values())).fill_(torch.nan)
     save_file(weights, tmp_path / LORA_FILE)
     with pytest.raises(BobError, match=r"holds a NaN or an infinity; lower finetune.learning_rate"):
-        sampling.load(models["unet"], tmp_path, CPU)
+        sampling.load(models["unet"], tmp_path)
 
 
 def test_peft_warns_of_nothing_when_a_lora_is_saved(models, tmp_path, recwarn):
@@ -124,7 +124,7 @@ def test_a_lora_of_another_model_is_told(models, tmp_path, break_):
     break_(weights, name)
     save_file(weights, tmp_path / LORA_FILE)
     with pytest.raises(BobError) as caught:
-        sampling.load(models["unet"], tmp_path, CPU)
+        sampling.load(models["unet"], tmp_path)
     assert str(caught.value).startswith(f"{tmp_path} is no LoRA of {models['unet']} (")
     assert (name if break_ is not with_another else "another.weight") in str(caught.value)
 

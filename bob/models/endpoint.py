@@ -208,7 +208,8 @@ class Endpoint:
                 f"gave up after {self._retries} retries; what was answered is kept: run the stage "
                 "again later, or raise timeout_s or retries there"
             )
-        return f"{self._file}: no answer from {self._model} at {self._url} ({reason}); {advice}"
+        said = f"{self._file}: no answer from {self._model} at {self._url} ({reason}); {advice}"
+        return self._masked(said)  # as `endpoint.json` may say it, too
 
 
 async def _ask(
