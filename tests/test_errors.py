@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from bob import failures
-from bob.errors import LINE, NAME, BobError, shown, tell
+from bob.errors import LINE, NAME, BobError, first_line, shown, tell
 from bob.formats.params import schema
 from tests.builders import build_photos
 from tests.conftest import ROOT
@@ -207,6 +207,29 @@ def test_a_reader_that_goes_away_ends_it_quietly(project: Path) -> None:
     done = run(code, "plan", stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("pl\x1b[31man\u202e",),
+        ("plan", "--\x1b]0;title\x07"),
+        ("plan", "\x1b[31m", "\u2028"),
+        ("predict", "--top", "a\nb\x1b[2J", "x"),
+        ("dataset", "\x1b[31m"),
+    ],
+)
+def test_what_was_typed_wrongly_is_shown_in_one_line(arguments: tuple[str, ...]) -> None:
+    done = run("", *arguments)
+    assert done.returncode == 2
+    *usage, line = done.stderr.split("\n")[:-1]
+    assert line.startswith("Error: ") and line.isprintable()
+    assert all(other.isprintable() for other in usage)
+
+
+def test_an_error_without_a_message_is_called_by_its_class() -> None:
+    assert first_line(ValueError()) == first_line(ValueError(" \n")) == "ValueError"
+    assert first_line(ValueError("\n a\nb")) == "a"
 
 
 # --- printing ------------------------------------------------------------------------------------

@@ -737,7 +737,7 @@ def test_a_list_that_is_none_is_told_with_its_line(repository):
         + json.dumps({"recipe": "../../x", "maker": "0" * 64, "md5": "0" * 32})
         + "\n"
     )
-    with pytest.raises(BobError, match=r"test\.jsonl, line 11: not an item"):
+    with pytest.raises(BobError, match=r"test\.jsonl, line 11: recipe is .*; allowed: 64 hex"):
         read_items(path)
     assert invoke("cache", "adopt")[0] == 1
     shutil.rmtree("results")

@@ -442,8 +442,11 @@ class ItemCache:
             return location.stat().st_size
         if item.text is not None:
             content = item.text.encode()
-        elif item.file is not None and Path(item.file).is_file():
-            content = Path(item.file).read_bytes()
+        elif item.file is not None:
+            try:
+                content = Path(item.file).read_bytes()
+            except (OSError, ValueError):  # ValueError: of a name that no file can have
+                return None
         else:
             return None
         if md5_of(content) != item.oid:

@@ -112,7 +112,8 @@ class Forecast:
         try:
             # Underscored, but there is no other way to ask the run cache what it would restore.
             run = runs._load(stage)
-        except FileNotFoundError:  # a dependency that is to be restored first
+        except (FileNotFoundError, AssertionError):
+            # A dependency that is to be restored first; a stage that the run cache never takes.
             return RUNS, {}
         if run is None:
             return RUNS, {}

@@ -13,7 +13,7 @@ from PIL import Image
 from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
-from bob.errors import BobError
+from bob.errors import BobError, first_line
 from bob.models import diffusion
 from bob.models.device import autocast, send
 
@@ -182,7 +182,7 @@ def _predict(
         prediction: torch.Tensor = unet(noisy, timestep, text).sample
     except TorchDynamoException as error:
         raise BobError(
-            f"finetune.compile: {str(error).strip().splitlines()[0]}; torch.compile needs a C++ "
+            f"finetune.compile: {first_line(error)}; torch.compile needs a C++ "
             "compiler and Python's headers; without them, set finetune.compile to false"
         ) from None
     return prediction

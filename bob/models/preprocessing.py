@@ -1,5 +1,6 @@
 """How an image becomes a network's input."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,19 @@ class Preprocessing:
     crop_pct: float
     """The input's share of the resized image's side."""
     crop_mode: str
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what would make of any image a NaN, or nothing."""
+        numbers = (*self.size, *self.mean, *self.std, self.crop_pct)
+        if not (
+            all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
+            and len(self.mean) == len(self.std) == 3
+            and min(*self.size, *self.std, self.crop_pct) > 0
+        ):
+            raise ValueError(
+                f"its preprocessing has size {self.size}, mean {self.mean}, std {self.std} and "
+                f"crop_pct {self.crop_pct}, of which one cannot be"
+            )
 
     @classmethod
     def of(cls, model: nn.Module) -> "Preprocessing":

@@ -29,7 +29,7 @@ from bob.formats.photos import Photo, Task, batches, open_image, read_photos, re
 from bob.formats.prompts import ATTRIBUTES, Context, read_bank
 from bob.models import diffusion
 from bob.models.backbones import Backbone, open_backbone
-from bob.models.device import computing_device
+from bob.models.device import computing_device, device_here
 from bob.models.preprocessing import read_inputs
 from bob.models.similarity import diversity, kernel_inception_distance, nearest, subset_size
 from bob.models.threads import in_threads
@@ -100,6 +100,7 @@ def run(params: Params) -> None:
             if "pictures" in leakage
             else ""
         )
+        + f", on {device_here()}"
     )
 
 

@@ -222,7 +222,7 @@ def read_dataset(folder: Path) -> Dataset:
     else:
         roots = {"train": folder}
     for name in names:
-        if not any((root / name).is_dir() for root in roots.values()):
+        if not any(name == path.name for root in roots.values() for path in root.iterdir()):
             raise BobError(
                 f"{about}: classes names the folder {name!r}, which is not there; correct or "
                 "remove the entry"
@@ -256,7 +256,7 @@ def _read_about(path: Path) -> tuple[str, dict[str, str]]:
     check(path, value, DATASET_SCHEMA)
     # YAML reads a folder "747" as a number.
     names = {str(name): " ".join(said.split()) for name, said in value.get("classes", {}).items()}
-    return value["descriptor"].strip(), names
+    return " ".join(value["descriptor"].split()), names
 
 
 def _list_classes(folder: Path, names: Mapping[str, str], about: Path) -> dict[str, list[Path]]:
