@@ -1,7 +1,7 @@
 """DVC's local cache as a store of objects, each named by the MD5 of its bytes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bob.dvc.repository import OnRepository
@@ -69,6 +69,83 @@ class ObjectStore(OnRepository):
             raise BobError(
                 f"{error.filename} went from the DVC cache while the stage ran; run it again"
             ) from None
+
+    def copy(self, folder: Path, copies: Mapping[Path, Path]) -> None:
+        """Write files of `folder` (the keys) to other places, with as few bytes as can be.
+
+        A file that is a link to an object is linked once more. Any other is cloned or copied: it
+        may be the user's own, which must not become read-only. The folders have to be there. Raises
+        BobError where an object that a file is linked to was written to.
+        """
+        from dvc_objects.fs.generic import transfer
+
+        objects = self.hashes(folder)
+        linked: dict[str, list[Path]] = {}
+        others = []
+        for source, target in copies.items():
+            oid = objects.get(source.relative_to(folder).as_posix())
+            if oid and self._is_link(source, oid):
+                linked.setdefault(oid, []).append(target)
+            else:
+                others.append((str(source.absolute()), str(target.absolute())))
+        for oid in self.damaged(linked):
+            source = next(one for one, target in copies.items() if target in linked[oid])
+            raise BobError(
+                f"{source} is not what DVC has recorded: it was written to through its link into "
+                f"DVC's cache, object {oid}; `bob cache check` names all such files, and what to do"
+            )
+        pairs = [(oid, target) for oid, targets in linked.items() for target in targets]
+        self.place([oid for oid, _ in pairs], [target for _, target in pairs])
+        if others:
+            sources, targets = map(list, zip(*others, strict=True))
+            transfer(self._odb.fs, sources, self._odb.fs, targets, links=["reflink", "copy"])
+
+    def _is_link(self, path: Path, oid: str) -> bool:
+        """Whether a file is an object itself, by another name."""
+        try:
+            return path.samefile(self.path(oid))
+        except OSError:
+            return False
+
+    def damaged(self, oids: Iterable[str]) -> list[str]:
+        """Those of these objects that hold other bytes than their name says.
+
+        DVC takes a read-only object to be whole, but root can write to it. An object that did not
+        change since DVC or this function read it is not read again; one that is not there is not
+        damaged.
+        """
+        from dvc_data.hashfile.hash import hash_file
+
+        found = []
+        for oid in oids:
+            try:
+                _, present = hash_file(
+                    self._odb.oid_to_path(oid), self._odb.fs, "md5", self._odb.state
+                )
+            except FileNotFoundError:
+                continue
+            if str(present.value).removesuffix(".dir") != oid.removesuffix(".dir"):
+                found.append(oid)
+        return found
+
+    def tracked(self) -> dict[str, list[Path]]:
+        """Object -> the files or the folder that have this content by dvc.lock and the .dvc files.
+
+        Paths are relative to the current folder.
+        """
+        found: dict[str, list[Path]] = {}
+        for out in self.repository.index.outs:
+            if not (out.use_cache and out.is_in_repo and out.cache is self._odb):
+                continue
+            obj = out.get_obj()
+            if obj is None:
+                continue
+            path = Path(os.path.relpath(out.fs_path))
+            found.setdefault(obj.oid, []).append(path)
+            if out.hash_info.isdir:
+                for parts, _, hash_info in obj:
+                    found.setdefault(hash_info.value, []).append(path.joinpath(*parts))
+        return found
 
     def hashes(self, folder: Path) -> dict[str, str]:
         """File -> MD5 for all files in a folder that .dvcignore does not leave out.
