@@ -156,7 +156,7 @@ def write_in_place(path):
 
 def copy(folder, **names):
     with ObjectStore() as store:
-        store.copy(Path(folder), {Path(folder, old): Path(new) for old, new in names.items()})
+        store.copy({Path(folder, old): Path(new) for old, new in names.items()})
 
 
 def test_what_dvc_tracks_lies_once_on_the_disk_and_is_read_only(linked):

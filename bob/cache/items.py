@@ -335,6 +335,13 @@ class ItemCache:
         """
         self._store.place(oids, paths)
 
+    def copy(self, copies: Mapping[Path, Path]) -> None:
+        """Write files to other places: what is a link to an object is linked again, else copied.
+
+        Raises BobError where an object that a file is linked to was written to.
+        """
+        self._store.copy(copies)
+
     def content_hash(self, path: Path) -> str:
         """Hash of a folder's files, but for Markdown: a model's card decides nothing.
 

@@ -1,6 +1,7 @@
 """DVC's local cache as a store of objects, each named by the MD5 of its bytes."""
 
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -70,42 +71,44 @@ class ObjectStore(OnRepository):
                 f"{error.filename} went from the DVC cache while the stage ran; run it again"
             ) from None
 
-    def copy(self, folder: Path, copies: Mapping[Path, Path]) -> None:
-        """Write files of `folder` (the keys) to other places, with as few bytes as can be.
+    def copy(self, copies: Mapping[Path, Path]) -> None:
+        """Write files (the keys) to other places, whose folders are there, with few new bytes.
 
         A file that is a link to an object is linked once more. Any other is cloned or copied: it
-        may be the user's own, which must not become read-only. The folders have to be there. Raises
-        BobError where an object that a file is linked to was written to.
+        may be the user's own, which must not become read-only. Raises BobError where an object that
+        a file is linked to was written to.
         """
         from dvc_objects.fs.generic import transfer
 
-        objects = self.hashes(folder)
-        linked: dict[str, list[Path]] = {}
-        others = []
-        for source, target in copies.items():
-            oid = objects.get(source.relative_to(folder).as_posix())
-            if oid and self._is_link(source, oid):
-                linked.setdefault(oid, []).append(target)
-            else:
-                others.append((str(source.absolute()), str(target.absolute())))
-        for oid in self.damaged(linked):
-            source = next(one for one, target in copies.items() if target in linked[oid])
+        objects = {source: self._object_of(source) for source in copies}
+        for oid in self.damaged({oid: None for oid in objects.values() if oid}):
+            source = next(source for source in objects if objects[source] == oid)
             raise BobError(
                 f"{source} is not what DVC has recorded: it was written to through its link into "
                 f"DVC's cache, object {oid}; `bob cache check` names all such files, and what to do"
             )
-        pairs = [(oid, target) for oid, targets in linked.items() for target in targets]
-        self.place([oid for oid, _ in pairs], [target for _, target in pairs])
-        if others:
-            sources, targets = map(list, zip(*others, strict=True))
-            transfer(self._odb.fs, sources, self._odb.fs, targets, links=["reflink", "copy"])
+        linked = [(oid, copies[source]) for source, oid in objects.items() if oid]
+        self.place([oid for oid, _ in linked], [target for _, target in linked])
+        others = {source: target for source, target in copies.items() if not objects[source]}
+        transfer(
+            self._odb.fs,
+            [str(source.absolute()) for source in others],
+            self._odb.fs,
+            [str(target.absolute()) for target in others.values()],
+            links=["reflink", "copy"],
+        )
 
-    def _is_link(self, path: Path, oid: str) -> bool:
-        """Whether a file is an object itself, by another name."""
-        try:
-            return path.samefile(self.path(oid))
-        except OSError:
-            return False
+    def _object_of(self, path: Path) -> str | None:
+        """The object that a file is a link to, hard or symbolic; None where it is a file itself."""
+        from dvc_data.hashfile.hash import hash_file
+
+        found = path.lstat()
+        if found.st_nlink == 1 and not stat.S_ISLNK(found.st_mode):
+            return None
+        _, content = hash_file(str(path.absolute()), self._odb.fs, "md5", self._odb.state)
+        oid = str(content.value)
+        same = self.exists(oid) and path.samefile(self.path(oid))
+        return oid if same else None
 
     def damaged(self, oids: Iterable[str]) -> list[str]:
         """Those of these objects that hold other bytes than their name says.

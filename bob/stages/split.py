@@ -1,11 +1,11 @@
 """Stage split: draw the shots, set validation and test aside; the one reader of users' folders.
 
 Later stages read copies under `results/split`, in one layout, so none of them depends on how a
-dataset is laid out, and editing a test photo does not fine-tune a model again.
+dataset is laid out, and editing a test photo does not fine-tune a model again. Of a photo that DVC
+has linked into the workspace, the copy is another link.
 """
 
 import hashlib
-import shutil
 import unicodedata
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bob.cache.items import ItemCache
 from bob.errors import NAME, BobError, shown, tell
 from bob.formats.files import replacing, sha256
 from bob.formats.layout import CLASSES, SPLIT, TEST, TRAIN, VAL
@@ -64,31 +65,31 @@ Split = tuple[list[Photo], list[Photo], list[Photo]]
 
 def run(params: Params) -> None:
     """Write `results/split`: the photos as train/, val/ and test/, with a manifest of each."""
-    dataset = read_dataset(Path("data") / params.data.name)
-    parts = dict(
-        zip(
-            (TRAIN, VAL, TEST),
-            split_of(dataset, params.data),
-            strict=True,
-        )
-    )
-    with replacing(SPLIT) as folder:
-        for manifest, photos in parts.items():
-            copies = []
-            for photo in photos:
-                source = Path(photo.path)
-                copy = Path(manifest.stem) / source.parent.name / source.name
-                (folder / copy).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, folder / copy)
-                copies.append(Photo((SPLIT / copy).as_posix(), photo.class_name, photo.sha256))
-            # The folders exist even when empty: DVC fails a stage whose dependency is missing.
-            (folder / manifest.stem).mkdir(exist_ok=True)
-            write_photos(folder / manifest.name, copies)
-        write_task(folder / CLASSES.name, Task(dataset.descriptor, tuple(sorted(dataset.train))))
+    with ItemCache("split") as cache:
+        dataset = read_dataset(Path("data") / params.data.name)
+        parts = dict(zip((TRAIN, VAL, TEST), split_of(dataset, params.data), strict=True))
+        with replacing(SPLIT) as folder:
+            copies = {}
+            for manifest, photos in parts.items():
+                moved = []
+                for photo in photos:
+                    source = Path(photo.path)
+                    copy = Path(manifest.stem) / source.parent.name / source.name
+                    (folder / copy).parent.mkdir(parents=True, exist_ok=True)
+                    copies[source] = folder / copy
+                    moved.append(Photo((SPLIT / copy).as_posix(), photo.class_name, photo.sha256))
+                # The folders exist even when empty: DVC fails a stage whose dependency is missing.
+                (folder / manifest.stem).mkdir(exist_ok=True)
+                write_photos(folder / manifest.name, moved)
+            cache.copy(copies)
+            write_task(
+                folder / CLASSES.name, Task(dataset.descriptor, tuple(sorted(dataset.train)))
+            )
     if not parts[VAL]:
         _warn("there is no validation photo: classify will keep the last epoch of every training")
     counts = ", ".join(f"{len(photos)} {manifest.stem}" for manifest, photos in parts.items())
-    print(f"split: {len(dataset.train)} classes of {dataset.descriptor}; photos: {counts}")
+    about = shown(dataset.descriptor)
+    print(f"split: {len(dataset.train)} classes of {about}; photos: {counts}")
 
 
 def split_of(dataset: Dataset, settings: Any) -> Split:
