@@ -9,11 +9,12 @@ import pytest
 from dvc.repo import Repo
 from PIL import Image
 
+from bob.cache.items import ItemCache
 from bob.errors import BobError
 from bob.formats.files import sha256
 from bob.formats.names import class_name_of, folder_of
 from bob.formats.params import Params
-from bob.formats.photos import read_photos, read_task
+from bob.formats.photos import open_image, read_photos, read_task
 from bob.stages import split
 from tests.builders import build_photos
 from tests.dvc_project import link_as_here
@@ -207,7 +208,7 @@ def test_the_same_split_is_the_same_bytes(repository):
     assert first == {p.relative_to(split.SPLIT): p.read_bytes() for p in files(split.SPLIT)}
 
 
-# --- links ---------------------------------------------------------------------------------------
+# --- links, and what is known of photos ----------------------------------------------------------
 
 
 def tracked(repository, **parts):
@@ -262,6 +263,55 @@ def test_a_photo_written_through_its_link_has_a_new_hash_or_is_refused(
         repo.checkout(force=True)  # DVC takes the object for what it was
     with pytest.raises(BobError, match=f"{source.relative_to(repository)} is not what DVC"):
         draw(shots="all")
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The photos that were decoded."""
+    paths = []
+
+    def counted(path):
+        paths.append(path)
+        return open_image(path)
+
+    monkeypatch.setattr(split, "open_image", counted)
+    return paths
+
+
+def test_a_photo_is_decoded_once_however_often_it_is_split(repository, opened):
+    folder = dataset(repository)
+    draw()
+    assert len(opened) == 17
+    draw(shots=2, seed=1)
+    assert len(opened) == 17
+    shutil.copytree(folder, folder.with_name("same"))
+    draw(name="same")
+    assert len(opened) == 17
+    Image.new("RGB", (40, 30), "red").save(folder / "Anna_Hummingbird/000.jpg")
+    draw()
+    assert opened[17:] == [Path("data/mine/Anna_Hummingbird/000.jpg")]
+    with ItemCache() as cache:
+        rows = cache.index.all()
+        assert len(rows) == 18 and len({row.oid for row in rows}) == 1
+    assert not (repository / "results/items").exists()
+
+
+def test_another_pillow_decodes_the_photos_again(repository, opened, monkeypatch):
+    dataset(repository)
+    draw()
+    monkeypatch.setattr(split, "LIBRARIES", ("numpy",))
+    draw()
+    assert len(opened) == 2 * 17
+
+
+def test_an_unreadable_photo_is_never_known(repository):
+    folder = dataset(repository)
+    photo = folder / "Rufous_Hummingbird/003.jpg"
+    photo.write_bytes(photo.read_bytes()[:300])
+    assert "Rufous_Hummingbird/003.jpg cannot be read" in told()
+    assert "Rufous_Hummingbird/003.jpg cannot be read" in told()
+    with ItemCache() as cache:
+        assert len(cache.index.all()) == 16
 
 
 def files(folder):

@@ -4,11 +4,13 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from bob.cache.items import ItemCache, tree_hash
 from bob.cache.wanted import Wanted
@@ -105,7 +107,7 @@ class Project:
         data = self.params.data
         folder = Path("data") / data.name
         known = folder != layout.MINIATURE or self.forecast.states["draw"] == UP_TO_DATE
-        dataset = read_dataset(folder) if known else _undrawn(self.params)
+        dataset = read_dataset(folder, _hashes) if known else _undrawn(self.params)
         train, val, test = split_of(dataset, data)
         task = Task(dataset.descriptor, tuple(sorted(dataset.train)))
         return Photos(task, train, val, test, known)
@@ -120,6 +122,13 @@ class Project:
             self.params.generate.images_per_class,
         )
         return sum(counts.values())
+
+
+def _hashes(files: list[Path]) -> dict[Path, str]:
+    """Of the photos; that they can be decoded is for the stage to see."""
+    with ThreadPoolExecutor() as threads:
+        hashes = tqdm(threads.map(sha256, files), "reading photos", len(files), disable=None)
+        return dict(zip(files, hashes, strict=True))
 
 
 def _undrawn(params: Params) -> Dataset:
