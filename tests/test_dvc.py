@@ -169,8 +169,10 @@ def test_what_dvc_tracks_lies_once_on_the_disk_and_is_read_only(linked):
 
 def test_an_output_is_linked_once_it_is_committed(linked):
     set_size(5)
-    reproduce()
-    assert inode("out/a") == inode(link_of(md5(b"abcde")))
+    for _ in range(2):  # also where its object is there already
+        with Repo() as repo:
+            repo.reproduce(force=True)
+        assert inode("out/a") == inode(link_of(md5(b"abcde")))
 
 
 def test_what_dvc_does_not_track_is_copied_though_it_is_read_only(linked):
