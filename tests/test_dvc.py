@@ -202,6 +202,46 @@ def test_where_no_link_can_be_made_a_tracked_file_is_copied(linked, monkeypatch)
     assert Path("copied").read_text() == "photos/one" and inode("copied") != inode("photos/one")
 
 
+def on_disk():
+    """Bytes of all files in the workspace and of all objects that are no list of files."""
+    files = [path for path in Path().rglob("*") if path.is_file() and ".dvc" not in path.parts]
+    files += [path for path in Path(".dvc/cache/files/md5").rglob("*") if path.suffix != ".dir"]
+    found = [path.lstat() for path in files if path.is_file() and path.suffix != ".dvc"]
+    return sum({one.st_ino: one.st_size for one in found}.values())
+
+
+@pytest.mark.parametrize("kinds", [None, "copy", "reflink,hardlink", "hardlink,symlink", "symlink"])
+def test_what_copies_will_add_on_the_disk_is_known_before(repository, monkeypatch, kinds):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOTSUP, "no reflinks")
+
+    monkeypatch.setattr("dvc_objects.fs.local.LocalFileSystem.reflink", refuse)
+    monkeypatch.setattr("dvc_objects.fs.system.reflink", refuse)
+    with Repo() as repo, repo.config.edit() as config:
+        config["cache"] = {"type": kinds} if kinds else {}
+    for name in ("photos/one", "loose/own"):
+        Path(name).parent.mkdir()
+        Path(name).write_text(name)
+    with Repo() as repo:
+        repo.add("photos")
+    with ObjectStore() as store:
+        assert store.stores_once() == (kinds in ("hardlink,symlink", "symlink"))
+        expected = store.new_bytes([Path("photos/one"), Path("loose/own")])
+        before = on_disk()
+        Path("copied").mkdir()
+        store.copy({Path("photos/one"): Path("copied/1"), Path("loose/own"): Path("copied/2")})
+    with Repo() as repo:
+        repo.add("copied")
+    symlinks = sum(path.lstat().st_size for path in Path("copied").iterdir() if path.is_symlink())
+    assert on_disk() - before - symlinks == expected
+
+
+def test_a_file_system_that_clones_stores_once(repository, monkeypatch):
+    monkeypatch.setattr("dvc_objects.fs.generic.test_links", lambda kinds, *_: kinds)
+    with ObjectStore() as store:
+        assert store.stores_once()
+
+
 def test_a_write_through_a_link_is_named_and_mended(linked, capsys):
     with Repo() as repo, repo.config.edit() as config:
         config["remote"]["storage"] = {"url": str(linked / "storage")}

@@ -110,6 +110,34 @@ class ObjectStore(OnRepository):
         same = self.exists(oid) and path.samefile(self.path(oid))
         return oid if same else None
 
+    def stores_once(self) -> bool:
+        """Whether what DVC takes in from the workspace then lies on the disk once, not twice.
+
+        Which links can be made between the two is tried out.
+        """
+        from dvc_objects.fs.generic import test_links
+
+        kinds = self._odb.cache_types
+        beside = self._odb.fs.join(self.repository.root_dir, "new")
+        possible = test_links(kinds, self._odb.fs, self._odb.path, self._odb.fs, beside)
+        for kind in kinds:
+            if kind in possible:
+                return kind != "copy"
+            if kind == "reflink":
+                return False  # where it cannot clone, DVC leaves the file that it has copied
+        return False
+
+    def new_bytes(self, files: Iterable[Path]) -> int:
+        """What copies of these files add on the disk, once DVC has taken them in."""
+        from dvc_data.hashfile.hash import hash_file
+
+        once, added = self.stores_once(), 0
+        for file in files:
+            _, content = hash_file(str(file.absolute()), self._odb.fs, "md5", self._odb.state)
+            kept = self.exists(str(content.value))
+            added += file.stat().st_size * ((not once) + (not kept))
+        return added
+
     def damaged(self, oids: Iterable[str]) -> list[str]:
         """Those of these objects that hold other bytes than their name says.
 

@@ -62,7 +62,7 @@ class Work:
     memory: int = 0
     """Bytes on the GPU at the peak; 0 where it needs none."""
     disk: float = 0
-    """Bytes written."""
+    """Bytes that the outputs add on the disk, in the workspace and in DVC's cache."""
     relief: tuple[str, ...] = ()
     """What would help where the memory does not suffice, one of these."""
     parts: int = 1
@@ -113,6 +113,11 @@ class Project:
         return Photos(task, train, val, test, known)
 
     @cached_property
+    def copies(self) -> int:
+        """Of an output on the disk: in the workspace and, where DVC cannot link it, its cache."""
+        return 1 if self.cache.stores_once() else 2
+
+    @cached_property
     def images(self) -> int:
         """How many images there are to be, in the generated set."""
         photos = self.photos
@@ -154,7 +159,7 @@ def _draw(project: Project) -> Work:
     settings = project.params.draw
     per_class = world.images_per_class(settings.train_per_class, settings.per_context)
     count = settings.classes * sum(per_class.values())
-    return Work(f"{count:,} drawings", disk=count * world.SIZE**2 * PNG_BYTES)
+    return Work(f"{count:,} drawings", disk=project.copies * count * world.SIZE**2 * PNG_BYTES)
 
 
 def _split(project: Project) -> Work:
@@ -164,7 +169,7 @@ def _split(project: Project) -> Work:
     return Work(
         f"{len(photos.task.classes):,} classes, "
         + ", ".join(f"{len(part):,} {name}" for name, part in parts.items()),
-        disk=sum(path.stat().st_size for path in paths if path.is_file()),
+        disk=project.cache.new_bytes(filter(Path.is_file, paths)),
     )
 
 
@@ -300,7 +305,7 @@ def fine_tuning_work(project: Project) -> Work:
             (precision, steps * parts_of_batch * step.flops),
         ),
         memory=max(encoding, training if steps else 0),
-        disk=lora,
+        disk=project.copies * lora,
         relief=(
             *_lower_precision("finetune", precision),
             *(["raise finetune.gradient_accumulation"] if parts_of_batch < whole else []),
@@ -374,7 +379,7 @@ def generating_work(project: Project, prompts: Sequence[str] | None) -> Work:
             ("fp32", batches * batch / at_once * decode.flops + texts * text.flops),
         ),
         weights + max(denoise.peak, decode.peak),
-        new * side**2 * _png_bytes(),
+        project.copies * new * side**2 * _png_bytes(),
         (
             *_lower_precision("generate", precision),
             *(["lower generate.batch_size"] if batch > 1 else []),
@@ -439,7 +444,7 @@ def training_work(project: Project, new: Sequence[tuple[str, int]], known: bool)
             ("fp32", look.flops * looks),
         ),
         held + ADAM * changing + step.peak,
-        len(new) * network.weights,
+        project.copies * len(new) * network.weights,
         ("lower classify.batch_size",) if batch > 1 else (),
         max(Counter(variant for variant, _ in new).values()),  # one variant after the other
     )
@@ -534,7 +539,9 @@ def _export(project: Project) -> Work:
     precisions = project.params.export.precisions
     return Work(
         f"ONNX, {', '.join(precisions)}",
-        disk=network.weights * sum(ONNX_SHARE[precision] for precision in precisions),
+        disk=project.copies
+        * network.weights
+        * sum(ONNX_SHARE[precision] for precision in precisions),
     )
 
 
