@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from dvc.repo import Repo
 
+from bob.cli import cli
+from bob.commands import check as commands
 from bob.commands.check import check_objects
 from bob.dvc import experiments, remote
 from bob.dvc.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE, Forecast
@@ -269,6 +272,16 @@ def test_a_write_through_a_link_is_named_and_mended(linked, capsys):
         repo.fetch()
         repo.checkout()
     assert check_objects() and Path("photos/one").read_text() == "photos/one"
+
+
+@pytest.mark.parametrize(("stages", "status"), [([], 1), (["audit"], 0)])
+def test_a_check_of_all_stages_fails_where_a_file_was_written_to(
+    linked, monkeypatch, stages, status
+):
+    monkeypatch.setattr(commands, "check", lambda stages, share: True)  # all items are the same
+    assert CliRunner().invoke(cli, ["cache", "check", *stages]).exit_code == 0
+    write_in_place("photos/one")
+    assert CliRunner().invoke(cli, ["cache", "check", *stages]).exit_code == status
 
 
 def test_a_written_file_that_is_added_again_is_what_it_is_now(linked):
