@@ -150,8 +150,8 @@ def ours(
     pipeline = diffusion.load(base, computing_device())
     means, stds = denoising.encode_images(pipeline, [Image.open(path) for path in photos])
     tokens = diffusion.tokenize(pipeline, captions)
-    diffusion.cast(pipeline.unet, dtype)
-    diffusion.cast(pipeline.text_encoder, dtype)
+    diffusion.cast(pipeline.unet, dtype, computing_device())
+    diffusion.cast(pipeline.text_encoder, dtype, computing_device())
     parameters = add_lora(pipeline, RANK, 0)
     if not text:
         pipeline.text_encoder.requires_grad_(False)

@@ -143,16 +143,43 @@ def predict(photos: tuple[str, ...], model: Path | None, top: int, form: str) ->
 
 
 @cli.command()
-@click.argument("model", metavar="ID@COMMIT")
-@click.argument("folder", type=click.Path(path_type=Path))
-def fetch(model: str, folder: Path) -> None:
-    """Bring a model from the Hugging Face Hub into FOLDER and track it with DVC.
+@click.argument("model", metavar="[ID[@REVISION]]", required=False)
+@click.argument("folder", type=click.Path(path_type=Path), metavar="[models/NAME]", required=False)
+@click.option("--update", is_flag=True, help="Of models/NAME, or all: what the revision is now.")
+@click.option("--list", "listed", is_flag=True, help="Which models are here, and from where.")
+def fetch(model: str | None, folder: Path | None, update: bool, listed: bool) -> None:
+    """Bring a model from the Hugging Face Hub into models/NAME and track it with DVC.
 
-    COMMIT is the full 40-digit commit of the Hub repository, so that everyone gets the same bytes.
+    REVISION is a branch, a tag, refs/pr/N or a commit; it is resolved to the commit, which the
+    folder's .dvc file keeps. What no stage reads is left out. A call that broke off goes on.
     """
-    from bob.commands.fetch import fetch as fetch_model
+    from bob.commands import fetch as fetching
 
-    fetch_model(model, folder)
+    if model and not (update or listed):
+        fetching.fetch(model, folder)
+    elif update and not (folder or listed):
+        fetching.update(Path(model) if model else None)
+    elif listed and not (model or update):
+        fetching.list_models()
+    else:
+        raise click.UsageError("give ID[@REVISION], or --update, or --list")
+
+
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--yes", is_flag=True, help="Write without asking.")
+@click.option("--fetch", "fetch_models", is_flag=True, help="Fetch the models that are missing.")
+def use(names: tuple[str, ...], yes: bool, fetch_models: bool) -> None:
+    """Write presets into params.yaml, after showing the difference; without a NAME, list them.
+
+    Presets are recipes, models, datasets and methods, in experiments/presets.yaml.
+    """
+    from bob.commands import use as using
+
+    if names:
+        using.use(names, yes=yes, fetch_models=fetch_models)
+    else:
+        using.list_presets()
 
 
 @cli.command()

@@ -15,6 +15,7 @@ from diffusers import (
 from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -22,7 +23,6 @@ from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
 )
 
 Config = dict[str, Any]
@@ -76,6 +76,9 @@ TINY_TEXT: Config = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
+CLIP_B16_VISION: Config = {"image_size": 224, "patch_size": 16}
+CLIP_B16_TEXT: Config = {"vocab_size": 49408}
+TINY_CLIP_VISION: Config = TINY_TEXT | {"image_size": 32, "patch_size": 8}
 TINY_VAE: Config = {
     "block_out_channels": (16, 16),
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -147,30 +150,34 @@ def build_clip_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
-def build_clip(folder: Path) -> Path:
-    """A CLIP of 32 px with its tokenizer and image processor, as a folder of the Hub has them."""
+def build_clip(
+    folder: Path,
+    *,
+    vision_config: Config = TINY_CLIP_VISION,
+    text_config: Config = TINY_TEXT,
+    projection_dim: int = 24,
+    resized: int = 36,
+) -> Path:
+    """A CLIP with its tokenizer and image processor, as a folder of the Hub has them.
+
+    By default one of 32 px. A photo's shorter side is `resized` before it is cropped.
+    """
     torch.manual_seed(0)
     tokenizer = build_clip_tokenizer(folder.parent / f"{folder.name}-tokenizer")
-    tower = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
     config = CLIPConfig(
-        vision_config={**tower, "image_size": 32, "patch_size": 8},
-        text_config={
-            **tower,
-            **ids,
-            "vocab_size": len(tokenizer),
-            "pad_token_id": ids["eos_token_id"],
-        },
-        projection_dim=24,
+        vision_config=vision_config,
+        text_config={"vocab_size": len(tokenizer)}
+        | text_config
+        | ids
+        | {"pad_token_id": ids["eos_token_id"]},
+        projection_dim=projection_dim,
     )
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 36}, crop_size=32).save_pretrained(folder)
+    CLIPImageProcessor(
+        size={"shortest_edge": resized}, crop_size=config.vision_config.image_size
+    ).save_pretrained(folder)
     return folder
 
 
@@ -187,8 +194,37 @@ QWEN_CHAT_TEMPLATE = (
 )
 
 
-def build_captioner(folder: Path, tied: bool = False) -> Path:
-    """A Qwen2.5-VL of random bf16 weights, in the files that the Hub's have.
+# Of Qwen2.5-VL-3B-Instruct.
+QWEN_3B: Config = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128000,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": True,
+}
+QWEN_3B_VISION: Config = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 2048,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+
+
+def build_captioner(
+    folder: Path,
+    tied: bool = False,
+    *,
+    text_config: Config = {},  # noqa: B006
+    vision_config: Config = {},  # noqa: B006
+    shard: str = "300KB",
+) -> Path:
+    """A Qwen2.5-VL of random bf16 weights, in the files that the Hub's have; by default a tiny one.
 
     A flat configuration, the older files for images and chat, weights in several files, padding on
     the right, and generation that samples and penalises repetition.
@@ -230,12 +266,16 @@ def build_captioner(folder: Path, tied: bool = False) -> Path:
             "temporal_patch_size": 2,
             "window_size": 112,
             "fullatt_block_indexes": [1],
+            **vision_config,
         },
+        **text_config,
     }
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    model = AutoModelForImageTextToText.from_config(
+        Qwen2_5_VLConfig(**config), dtype=torch.bfloat16
+    )
     # Random weights of the usual size say the same of every image.
     torch.nn.init.normal_(model.lm_head.weight, std=1)
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="300KB")
+    model.save_pretrained(folder, max_shard_size=shard)
     files = {
         "config.json": {"architectures": [type(model).__name__], **config},
         "generation_config.json": {

@@ -98,9 +98,9 @@ def test_a_lora_that_is_not_finite_makes_no_black_images(models, tmp_path):
     pipeline = diffusion.load(models["unet"], CPU)
     add_lora(pipeline, rank=2, seed=0)
     save_lora(pipeline, tmp_path)
-    sampling.load(models["unet"], tmp_path, CPU)
+    sampling.load(models["unet"], tmp_path)
     weights = load_file(tmp_path / LORA_FILE)
     next(iter(weights.values())).fill_(torch.nan)
     save_file(weights, tmp_path / LORA_FILE)
     with pytest.raises(BobError, match=r"holds a NaN or an infinity; lower finetune.learning_rate"):
-        sampling.load(models["unet"], tmp_path, CPU)
+        sampling.load(models["unet"], tmp_path)

@@ -15,7 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from bob.errors import BobError
-from bob.models import denoising, diffusion, sampling
+from bob.formats.photos import Photo
+from bob.models import denoising, diffusion, finetuning, sampling
 from bob.models.device import autocast
 from bob.models.lora import UNET_LORA_TARGETS, LoraLinear, add_lora, save_lora
 from bob.stages import finetune
@@ -61,8 +62,8 @@ def fine_tune(base, folder, dtype=FP32, rank=4, **changed):
     pipeline = diffusion.load(base, CPU)
     means, stds = denoising.encode_images(pipeline, photos())
     tokens = diffusion.tokenize(pipeline, ["a bird photo of a wren", "a wren", "a tit"])
-    diffusion.cast(pipeline.unet, dtype)
-    diffusion.cast(pipeline.text_encoder, dtype)
+    diffusion.cast(pipeline.unet, dtype, CPU)
+    diffusion.cast(pipeline.text_encoder, dtype, CPU)
     parameters = add_lora(pipeline, rank, 0)
     losses = denoising.train(pipeline, parameters, means, stds, tokens, settings(**changed), dtype)
     finetune.write_curves(folder / "curves", losses)
@@ -115,7 +116,7 @@ def test_stock_diffusers_loads_both_parts_of_the_lora(base, tmp_path):
     assert difference(image(stock), untouched) > 2
     assert difference(image(stock), image(trained)) <= 1
     # And our own way, fused into the weights, is the same model.
-    fused = sampling.load(base, tmp_path / "lora", CPU)
+    fused = sampling.load(base, tmp_path / "lora")
     assert difference(image(fused), image(stock)) <= 1
 
 
@@ -125,7 +126,7 @@ def test_the_text_encoder_is_trained_as_well(base, tmp_path):
         sampling.encode_prompts(pipeline, ["a wren"])["a wren"]
         for pipeline in (
             diffusion.load(base, CPU),
-            sampling.load(base, tmp_path / "lora", CPU),
+            sampling.load(base, tmp_path / "lora"),
         )
     )
     assert (before - after).abs().max() > 1e-3
@@ -133,8 +134,8 @@ def test_the_text_encoder_is_trained_as_well(base, tmp_path):
 
 def test_lora_is_on_every_attention_projection_and_nothing_else(base):
     pipeline = diffusion.load(base, CPU)
-    diffusion.cast(pipeline.unet, torch.bfloat16)
-    diffusion.cast(pipeline.text_encoder, torch.bfloat16)
+    diffusion.cast(pipeline.unet, torch.bfloat16, CPU)
+    diffusion.cast(pipeline.text_encoder, torch.bfloat16, CPU)
     parameters = add_lora(pipeline, 4, 0)
     attention_layers = sum(
         name.endswith(("attn1", "attn2")) for name, _ in pipeline.unet.named_modules()
@@ -148,7 +149,7 @@ def test_lora_is_on_every_attention_projection_and_nothing_else(base):
 def test_zero_epochs_write_an_adapter_that_changes_nothing(base, tmp_path):
     fine_tune(base, tmp_path, epochs=0)
     plain = render(diffusion.load(base, CPU))[0]
-    adapted = render(sampling.load(base, tmp_path / "lora", CPU))[0]
+    adapted = render(sampling.load(base, tmp_path / "lora"))[0]
     assert difference(plain, adapted) == 0
 
 
@@ -256,7 +257,7 @@ def test_compiled_training_comes_to_the_same_weights_but_for_rounding(tmp_path):
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
 def test_our_lora_layer_computes_what_pefts_does(base, dtype):
     pipeline = diffusion.load(base, CPU)
-    diffusion.cast(pipeline.unet, dtype)
+    diffusion.cast(pipeline.unet, dtype, CPU)
     for parameter in add_lora(pipeline, 4, 0):
         torch.nn.init.normal_(parameter, std=0.1)
     layer = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
@@ -313,7 +314,7 @@ def test_target_of_v_prediction_is_that_of_the_paper():
 def test_a_v_prediction_base_trains_and_samples(tmp_path):
     base = build_text_to_image(tmp_path / "base", "v_prediction")
     fine_tune(base, tmp_path, epochs=1)
-    pipeline = sampling.load(base, tmp_path / "lora", CPU)
+    pipeline = sampling.load(base, tmp_path / "lora")
     for sampler in sampling.SAMPLERS.values():
         pipeline.scheduler = sampler(pipeline.scheduler.config)
         assert pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -339,7 +340,7 @@ def test_the_classes_of_stable_diffusion_2_train_and_sample(tmp_path):
     )
     plain = render(diffusion.load(base, CPU), 1)[0]
     fine_tune(base, tmp_path, epochs=1, gradient_checkpointing=True)
-    assert difference(render(sampling.load(base, tmp_path / "lora", CPU), 1)[0], plain) > 0
+    assert difference(render(sampling.load(base, tmp_path / "lora"), 1)[0], plain) > 0
 
 
 @pytest.mark.parametrize(
@@ -380,9 +381,31 @@ def test_large_images_are_decoded_in_equal_parts_to_the_same_pixels(base, monkey
         return decode(part)
 
     monkeypatch.setattr(pipeline.vae, "decode", counted)
-    monkeypatch.setattr(sampling, "DECODED_PIXELS", 4 * 16**2)
+    monkeypatch.setattr(diffusion, "AUTOENCODED_PIXELS", 4 * 16**2)
     assert all(difference(*pair) <= 1 for pair in zip(together, render(pipeline, 6), strict=True))
     assert sizes == [3, 3]
+
+
+def test_large_photos_are_encoded_one_by_one(base, monkeypatch, tmp_path):
+    pipeline = diffusion.load(base, CPU)
+    kept = []
+    for number in range(9):
+        Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        kept.append(Photo(str(tmp_path / f"{number}.png"), "wren", ""))
+    together, _ = finetuning.encode_photos(pipeline, kept)
+    sizes: list[int] = []
+    encode = pipeline.vae.encode
+
+    def counted(pixels):
+        sizes.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(pipeline.vae, "encode", counted)
+    assert torch.equal(finetuning.encode_photos(pipeline, kept)[0], together)
+    assert sizes == [8, 1]
+    monkeypatch.setattr(diffusion, "AUTOENCODED_PIXELS", 16**2)
+    assert torch.allclose(finetuning.encode_photos(pipeline, kept)[0], together, atol=1e-5)
+    assert sizes == [8, 1] + [1] * 9
 
 
 def test_an_image_does_not_depend_on_its_place_or_its_neighbours(base):

@@ -28,6 +28,7 @@ from bob.commands.study.plan import read_study
 from bob.errors import BobError
 from bob.formats import params
 from bob.formats.layout import PREDICT
+from bob.formats.presets import PRESETS, read_presets
 from bob.models import predictor
 from bob.models.endpoint import Endpoint
 from tests.conftest import ROOT
@@ -126,6 +127,8 @@ def told_by_click(
         return None
     if strange := set(values.get("stages") or ()) - set(STAGES):
         return f"no stages: {strange}"
+    if whole and (strange := set(values.get("names") or ()) - set(read_presets(ROOT / PRESETS))):
+        return f"no presets: {strange}"
     if name == "study" and values:
         named = read_study(values["file"]).settings
         unused = [only for only in values["only"] if not fnmatch.filter(named, only)]
@@ -192,8 +195,9 @@ def test_every_command_is_understood_by_what_it_calls(tmp_path, monkeypatch):
         ("bob plant", "no command plant"),
         ("bob plan --cpu", "--cpu"),
         ("bob dataset birds", "birds"),
-        ("bob fetch models/clip", "folder"),
+        ("bob fetch org/x models/x more", "more"),
         ("bob why generat", "generat"),
+        ("bob use full sd12", "sd12"),
         ("bob study experiments/none.yaml", "none.yaml"),
         ("bob study experiments/table-1.yaml --only nothing", "no setting"),
         ("dvc exp run --cue -S data.shots=5", "understand"),

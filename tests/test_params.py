@@ -201,7 +201,7 @@ def test_a_text_is_replaced_and_nothing_else_of_the_file(project, written):
     path = project / "params.yaml"
     text = path.read_text().replace("bank: captioner #", f"bank: {written} # \u00e4,")
     path.write_text(text)
-    params.replace_text("caption", "bank", "data/contexts/a.jsonl")
+    params.replace({"caption.bank": "data/contexts/a.jsonl"})
     assert path.read_text() == text.replace(f"bank: {written} #", "bank: data/contexts/a.jsonl #")
     assert params.load()["caption"]["bank"] == "data/contexts/a.jsonl"
 
@@ -212,8 +212,40 @@ def test_a_text_that_cannot_be_replaced_safely_is_let_be(project, written):
     text = path.read_text().replace("bank: captioner #", f"bank: {written}\n  #")
     path.write_text(text)
     with pytest.raises(BobError, match=r"set caption\.bank to data/contexts/a\.jsonl yourself"):
-        params.replace_text("caption", "bank", "data/contexts/a.jsonl")
+        params.replace({"caption.bank": "data/contexts/a.jsonl"})
     assert path.read_text() == text
+
+
+def test_numbers_texts_and_lists_are_replaced_with_their_comments_kept(project):
+    path = project / "params.yaml"
+    text = path.read_text().replace("\n", "\r\n")
+    path.write_bytes(text.encode())
+    changes = {"finetune.learning_rate": 1e-5, "classify.seeds": [0], "generate.sampler": "pndm"}
+    params.replace(changes | {"generate.context": "none"})
+    expected = (
+        text.replace("learning_rate: 1e-3", "learning_rate: 1e-05")
+        .replace("seeds: [0, 1, 2]", "seeds: [0]")
+        .replace("sampler: dpmsolver++", "sampler: pndm")
+        .replace("context: bank", "context: none")
+    )
+    assert path.read_bytes().decode() == expected
+    assert params.load()["finetune"]["learning_rate"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("none", "none"),
+        ("true", '"true"'),
+        ("1", '"1"'),
+        (0.1, "0.1"),
+        (True, "true"),
+        ("~", '"~"'),
+    ],
+)
+def test_a_value_is_written_as_yaml_reads_it(value, written):
+    assert params.written(value) == written
+    assert YAML(typ="safe").load(written) == value
 
 
 def test_the_command_line_ends_with_one_line_and_status_1(project):

@@ -12,6 +12,7 @@ from bob.commands.study import page, plan, queue
 from bob.commands.study.results import Row, value
 from bob.errors import BobError
 from bob.formats.params import read_yaml
+from bob.formats.presets import read_presets
 from tests.conftest import ROOT, told_of
 from tests.dvc_project import make_project, run
 
@@ -19,10 +20,10 @@ TABLES = {"table-1": 704, "long-tail": 144, "ablation": 108, "context-sources": 
 """The files of the paper's tables, and how many runs fill each."""
 
 PRESETS = """
-common: {classify.epochs: 7, classify.seeds: [0]}
-ten: {data.shots: 10}
-bob: {finetune.context: caption, generate.context: bank}
-none: {finetune.context: none, generate.context: none}
+common: {about: "", params: {classify.epochs: 7, classify.seeds: [0]}}
+ten: {about: "", params: {data.shots: 10}}
+bob: {about: "", params: {finetune.context: caption, generate.context: bank}}
+none: {about: "", params: {finetune.context: none, generate.context: none}}
 """
 GRID = """
 title: A table
@@ -194,7 +195,9 @@ def test_a_part_is_run_alone_and_every_run_of_a_sweep_is_a_row(project, monkeypa
 
 
 def test_what_runs_wait_for_is_named_before_any_is_run_and_hinders_no_page(project, monkeypatch):
-    text = PRESETS.replace("ten: {", "ten: {data.name: cars, finetune.base_model: models/sd21, ")
+    text = PRESETS.replace(
+        "{data.shots", "{data.name: cars, finetune.base_model: models/sd21, data.shots"
+    )
     text = text.replace("generate.context: bank", "generate.context: data/contexts/mine.jsonl")
     (project / "presets.yaml").write_text(text)
     with pytest.raises(BobError) as caught:
@@ -317,7 +320,7 @@ def test_a_table_of_the_paper_can_be_planned_and_its_page_written(
 
 
 def test_full_is_the_recipe_of_the_published_scripts():
-    full = read_yaml(ROOT / "experiments/presets.yaml")["full"]
+    full = read_presets(ROOT / "experiments/presets.yaml")["full"].params
     recipe = {
         "finetune.rank": 16,
         "finetune.learning_rate": 1e-4,
@@ -353,11 +356,11 @@ def test_the_papers_means_are_those_of_its_figures():
 
 def make_small(project, name, points):
     """Let every preset be the miniature, and every sweep `points` values of the real weight."""
-    presets = read_yaml(project / "experiments/presets.yaml")
+    presets = read_presets(project / "experiments/presets.yaml")
     switches = {"finetune.context", "generate.context", "data.imbalance"}
     small = {
-        preset: {key: values[key] for key in switches & values.keys()}
-        for preset, values in presets.items()
+        name: {"about": "", "params": {k: one.params[k] for k in switches & one.params.keys()}}
+        for name, one in presets.items()
     }
     content = read_yaml(project / f"experiments/{name}.yaml")
     content["sweep"] = {"classify.real_weight": points}

@@ -32,6 +32,16 @@ class ObjectStore(OnRepository):
         """The folder of the objects."""
         return Path(self._odb.path)
 
+    def copies(self, folder: Path) -> bool:
+        """Whether `dvc add` leaves what is in `folder` there twice: on the disk no link works."""
+        from dvc_objects.fs.generic import test_links
+        from dvc_objects.fs.local import localfs
+
+        odb = self._odb
+        odb.makedirs(odb.path)
+        links = test_links(odb.cache_types, odb.fs, odb.path, localfs, str(folder.absolute()))
+        return links[:1] == ["copy"]
+
     def path(self, oid: str) -> Path:
         """Where an object lies, or would."""
         return Path(self._odb.oid_to_path(oid))

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -89,26 +90,49 @@ def for_stage(stage: str) -> Params:
     return Params(select(load(), declared, stage), stage)
 
 
-def replace_text(section: str, key: str, new: str) -> None:
-    """Set a parameter that is a text, a plain one, in `params.yaml`; all else stays to the byte.
+def replace(changes: Mapping[str, Any]) -> None:
+    """Set parameters (section.key -> value) in `params.yaml`; all else stays to the byte.
 
     Raises BobError where the file is written in a way that this would not be safe in.
     """
-    text = PARAMS.read_text(encoding="utf-8")
-    values = YAML().load(text)
-    old = str(values[section][key])
-    line, column = values[section].lc.value(key)
-    lines = text.splitlines(keepends=True)
-    quoted = re.compile(rf"([\"']?){re.escape(old)}\1(?=\s|$)")
-    found = quoted.match(lines[line], column)
-    if found:
-        lines[line] = lines[line][:column] + new + lines[line][found.end() :]
-    changed = "".join(lines)
-    values[section][key] = new
-    if YAML(typ="safe").load(changed) != values:
-        raise BobError(f"{PARAMS} cannot be changed safely; set {section}.{key} to {new} yourself")
-    with replacing_file(PARAMS) as draft:
-        draft.write_text(changed, encoding="utf-8")
+    with PARAMS.open(encoding="utf-8", newline="") as file:
+        changed = edited(file.read(), changes)
+    with replacing_file(PARAMS) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        file.write(changed)
+
+
+def edited(text: str, changes: Mapping[str, Any]) -> str:
+    """`text`, that of a `params.yaml`, with parameters set as `replace` does."""
+    values = YAML(typ="safe").load(text)
+    places = {
+        f"{section.value}.{key.value}": node
+        for section, keys in YAML().compose(text).value
+        for key, node in keys.value
+    }
+    changed, safe = text, True
+    for key in sorted(changes, key=lambda key: places[key].start_mark.index, reverse=True):
+        place = places[key]
+        start, end = place.start_mark.index, place.end_mark.index
+        block = isinstance(place, SequenceNode) and not place.flow_style
+        # Of an anchor, a tag or a block, more than the value would change.
+        safe = safe and not block and text[start] not in "&!*|>"
+        changed = changed[:start] + written(changes[key]) + changed[end:]
+        section, _, name = key.partition(".")
+        values[section][name] = changes[key]
+    with suppress(YAMLError):
+        if safe and YAML(typ="safe").load(changed) == values:
+            return changed
+    by_hand = ", ".join(f"{key} to {written(value)}" for key, value in changes.items())
+    raise BobError(f"{PARAMS} cannot be changed safely; set {by_hand} yourself")
+
+
+def written(value: Any) -> str:
+    """A value as YAML in one line; a text as it is, where it is read as that."""
+    if isinstance(value, str) and re.fullmatch(r"[\w./+-]+", value):
+        with suppress(YAMLError, ValueError):
+            if YAML(typ="safe").load(value) == value:
+                return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def select(values: Mapping[str, Any], keys: Iterable[str], stage: str) -> dict[str, Any]:

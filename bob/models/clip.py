@@ -25,14 +25,11 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
 )
-from transformers.utils import logging
 
 from bob.errors import BobError
 from bob.formats.photos import Task
-from bob.models.loading import LOADING_ERRORS, check_weights, quiet, reason_of
+from bob.models.loading import LOADING_ERRORS, load_checked, reason_of
 from bob.models.preprocessing import Preprocessing
-
-logging.disable_progress_bar()  # a bar for one file is noise beside the stage's own
 
 # The attention of both towers, as in the LoRA on the text-to-image model.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -125,16 +122,7 @@ class ClipBackbone:
     def _load(self) -> CLIPModel:
         """The model in fp32, on the CPU."""
         try:
-            with quiet():
-                clip, report = CLIPModel.from_pretrained(
-                    self._folder,
-                    dtype=torch.float32,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                )
-            check_weights(report, clip)
+            clip: CLIPModel = load_checked(CLIPModel, self._folder, dtype=torch.float32)
         except LOADING_ERRORS as error:
             raise self._unloadable(reason_of(error)) from None
         size = clip.config.vision_config.image_size

@@ -35,7 +35,7 @@ def encode_images(
     """
     side = diffusion.resolution(pipeline)
     pixels = pipeline.image_processor.preprocess(list(images), side, side, resize_mode="crop")
-    encoded = pipeline.vae.encode(pixels.to(pipeline.device))
+    encoded = pipeline.vae.encode(pixels.to(pipeline.vae.device))
     scale = pipeline.vae.config.scaling_factor
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean * scale, encoded.latent_dist.std * scale

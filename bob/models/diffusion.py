@@ -12,9 +12,13 @@ from diffusers.utils import logging
 
 from bob.errors import BobError
 from bob.models.device import fastest_layout
-from bob.models.loading import LOADING_ERRORS, check_weights, quiet
+from bob.models.loading import LOADING_ERRORS, load_checked, quiet
 
 logging.disable_progress_bar()  # a bar for five files is noise beside the stage's own
+
+# What the autoencoder is given at once: 64 images of 64 px, or one of 512 px, which fills a GPU
+# with work already, where a batch's activations in fp32 would fill its memory.
+AUTOENCODED_PIXELS = 512**2
 
 
 def load(folder: Path, device: torch.device) -> StableDiffusionPipeline:
@@ -62,37 +66,44 @@ def _part(folder: Path, name: str, index: Mapping[str, Any]) -> torch.nn.Module:
     if library not in ("diffusers", "transformers"):
         raise ValueError(f"its {name} is of {library}")
     try:
-        network, report = getattr(importlib.import_module(library), kind).from_pretrained(
+        network: torch.nn.Module = load_checked(
+            getattr(importlib.import_module(library), kind),
             folder,
             subfolder=name,
             dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
         )
-        check_weights(report, network)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return network
 
 
-def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of products in `dtype`, in which autocast multiplies anyway, and lay out.
+def cast(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Keep the weights of products in `dtype`, in which autocast multiplies anyway, on `device`.
 
-    Norms and embeddings stay in fp32: on the CPU a norm in bf16 refuses fp32 activations. To be
-    called after a LoRA is fused, because in bf16 its small changes would be rounded away.
+    They are cast before they are moved, so that a GPU never holds them in fp32. Norms and
+    embeddings stay in fp32: on the CPU a norm in bf16 refuses fp32 activations. To be called after
+    a LoRA is fused, because in bf16 its small changes would be rounded away.
     """
     for part in module.modules():
         if isinstance(part, torch.nn.Linear | torch.nn.Conv2d):
             part.to(dtype)
-    device = next(module.parameters()).device
-    module.to(memory_format=fastest_layout(device, dtype))
+    module.to(device).to(memory_format=fastest_layout(device, dtype))
 
 
 def resolution(pipeline: StableDiffusionPipeline) -> int:
     """The side in pixels of the square images the model was made for."""
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+
+def autoencoded_at_once(pipeline: StableDiffusionPipeline) -> int:
+    """How many images the autoencoder may be given at once."""
+    return max(1, AUTOENCODED_PIXELS // resolution(pipeline) ** 2)
+
+
+def cut_short(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> int:
+    """How many of the texts have more tokens than the model reads."""
+    whole = pipeline.tokenizer(list(texts), verbose=False).input_ids
+    return sum(len(tokens) > pipeline.tokenizer.model_max_length for tokens in whole)
 
 
 def tokenize(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from bob.cache.checkpoints import Checkpoint
+from bob.errors import tell
 from bob.formats.photos import Photo, batches, open_image
 from bob.models import denoising, diffusion
 from bob.models.device import computing_device
@@ -41,13 +42,21 @@ def train(
 
     Goes on from the checkpoint where there is one.
     """
-    pipeline = diffusion.load(base_model, computing_device())
+    device = computing_device()
+    pipeline = diffusion.load(base_model, torch.device("cpu"))
+    # Alone on the device, and gone before the networks that are trained come to it.
+    pipeline.vae.to(device)
     means, stds = encode_photos(pipeline, photos)
-    pipeline.vae = None  # its memory is the training's from here on
-    tokens = diffusion.tokenize(pipeline, captions)
+    pipeline.vae = None
     # Frozen weights need no more precision than they are multiplied in; LoRA's stay in fp32.
-    diffusion.cast(pipeline.unet, dtype)
-    diffusion.cast(pipeline.text_encoder, dtype)
+    diffusion.cast(pipeline.unet, dtype, device)
+    diffusion.cast(pipeline.text_encoder, dtype, device)
+    tokens = diffusion.tokenize(pipeline, captions)
+    if cut := diffusion.cut_short(pipeline, captions):
+        tell(
+            f"finetune: warning: {cut} of {len(captions)} captions have more than the "
+            f"{tokens.shape[1]} tokens that {base_model} reads; their ends are not read"
+        )
     parameters = add_lora(pipeline, settings.rank, settings.seed)
     losses = denoising.train(pipeline, parameters, means, stds, tokens, settings, dtype, checkpoint)
     with tempfile.TemporaryDirectory() as folder:
@@ -60,9 +69,10 @@ def encode_photos(pipeline: Any, photos: Sequence[Photo]) -> tuple[torch.Tensor,
 
     No flips: a pose says left and right.
     """
+    at_once = min(ENCODE_BATCH, diffusion.autoencoded_at_once(pipeline))
     encoded = [
         denoising.encode_images(pipeline, [open_image(photo.path) for photo in batch])
-        for batch in tqdm(list(batches(photos, ENCODE_BATCH)), "encoding photos", disable=None)
+        for batch in tqdm(list(batches(photos, at_once)), "encoding photos", disable=None)
     ]
     means, stds = zip(*encoded, strict=True)
     return torch.cat(means), torch.cat(stds)

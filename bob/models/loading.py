@@ -1,8 +1,9 @@
-"""What libraries raise at model folders that do not load, and how to say it."""
+"""Loading a model's folder whole or not at all, and how to say what libraries raise at it."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -29,12 +30,31 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def check_weights(report: Mapping[str, Any], network: nn.Module) -> None:
-    """Raise ValueError where a network is not what its file of weights holds, or holds a NaN.
+def load_checked(kind: Any, folder: Path, **settings: Any) -> Any:
+    """A network of a class of diffusers or transformers, every weight of it from `folder`.
 
-    `report` is what diffusers and transformers give with `output_loading_info`: they would leave a
-    weight that is missing, or of another shape, random.
+    `settings` are more arguments of the class's `from_pretrained`. Raises what that raises, one of
+    LOADING_ERRORS, and ValueError where the network is not what its file of weights holds, or holds
+    a NaN: the libraries leave a weight that is missing, or of another shape, random.
     """
+    from transformers.utils import logging  # late: timm's networks need none of it
+
+    logging.disable_progress_bar()  # a bar for one file is noise beside the stage's own
+    with quiet():
+        network, report = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **settings,
+        )
+    _check_complete(report)
+    check_finite(network)
+    return network
+
+
+def _check_complete(report: Mapping[str, Any]) -> None:
     absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if absent:
         raise ValueError(f"its weights have no fitting {absent[0]}{_more(absent)}")
@@ -42,7 +62,6 @@ def check_weights(report: Mapping[str, Any], network: nn.Module) -> None:
         raise ValueError(
             f"its weights have {surplus[0]}{_more(surplus)}, which its config.json has no place for"
         )
-    check_finite(network)
 
 
 def _more(names: Sequence[str]) -> str:

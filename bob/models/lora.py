@@ -58,8 +58,13 @@ def save_lora(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Save the LoRA so that stock diffusers' `pipe.load_lora_weights(folder)` loads both parts."""
     StableDiffusionPipeline.save_lora_weights(
         folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet)),
-        text_encoder_lora_layers=convert_state_dict_to_diffusers(
-            get_peft_model_state_dict(pipeline.text_encoder)
-        ),
+        unet_lora_layers=_weights(pipeline.unet),
+        text_encoder_lora_layers=_weights(pipeline.text_encoder),
+    )
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    # Without the embeddings, which are not trained: or PEFT looks for the base model's on the Hub.
+    return convert_state_dict_to_diffusers(
+        get_peft_model_state_dict(model, save_embedding_layers=False)
     )

@@ -21,7 +21,7 @@ from PIL import Image
 from bob.errors import BobError
 from bob.models import diffusion
 from bob.models.device import autocast, computing_device
-from bob.models.loading import check_finite
+from bob.models.loading import check_finite, quiet
 from bob.models.precision import dtype_name, resolve_precision
 
 # Named in an image's key in the item cache: the modules that make it, and what they stand on.
@@ -33,10 +33,6 @@ MADE_BY = (
     "models.sampling",
 )
 LIBRARIES = ("diffusers", "peft", "torch", "transformers")
-
-# Decoded at once: 64 images of 64 px, or one of 512 px, which fills a GPU with work already, where
-# a batch's activations in fp32 would fill its memory.
-DECODED_PIXELS = 512**2
 
 SAMPLERS: Mapping[str, Any] = {
     "dpmsolver++": lambda config: DPMSolverMultistepScheduler.from_config(
@@ -84,10 +80,12 @@ class ImageMaker:
 
     @cached_property
     def _pipeline(self) -> StableDiffusionPipeline:
-        pipeline = load(self._base_model, self._lora, computing_device())
+        device = computing_device()
+        pipeline = load(self._base_model, self._lora)
         pipeline.scheduler = SAMPLERS[self._sampler](pipeline.scheduler.config)
-        diffusion.cast(pipeline.unet, self._dtype)
-        return pipeline
+        diffusion.cast(pipeline.unet, self._dtype, device)
+        diffusion.cast(pipeline.vae, torch.float32, device)
+        return pipeline.to(device)
 
     def make(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """One image for each of at most `batch_size` prompts, from its seed."""
@@ -109,13 +107,14 @@ class ImageMaker:
         return images[: len(images) - missing]
 
 
-def load(base_model: Path, lora: Path, device: torch.device) -> StableDiffusionPipeline:
-    """Load a text-to-image folder in fp32, with a LoRA folder fused into its weights.
+def load(base_model: Path, lora: Path) -> StableDiffusionPipeline:
+    """Load a text-to-image folder in fp32, with a LoRA folder fused into its weights, on the CPU.
+
+    There the sums of weights have the same last bits wherever the images are made.
 
     Raises BobError as `diffusion.load` does, and for a LoRA that is not finite: its images would
     be black.
     """
-    # Fused on the CPU: the sums of weights then have the same last bits whatever the device.
     pipeline = diffusion.load(base_model, torch.device("cpu"))
     pipeline.load_lora_weights(str(lora))
     pipeline.fuse_lora()
@@ -125,7 +124,7 @@ def load(base_model: Path, lora: Path, device: torch.device) -> StableDiffusionP
         check_finite(pipeline.text_encoder)
     except ValueError as error:
         raise BobError(f"{lora}: with it, {error}; lower finetune.learning_rate") from None
-    return pipeline.to(device)
+    return pipeline
 
 
 @torch.no_grad()
@@ -136,10 +135,11 @@ def encode_prompts(
 
     One prompt at a time: the last bits of an embedding must not depend on the others asked for.
     """
-    return {
-        text: pipeline.encode_prompt(text, pipeline.device, 1, False)[0][0]
-        for text in dict.fromkeys(prompts)
-    }
+    with quiet():  # of what is too long, which fine-tuning tells
+        return {
+            text: pipeline.encode_prompt(text, pipeline.device, 1, False)[0][0]
+            for text in dict.fromkeys(prompts)
+        }
 
 
 @torch.no_grad()
@@ -180,7 +180,7 @@ def sample(
 def decoded_at_once(pipeline: StableDiffusionPipeline, count: int) -> int:
     """How many of a batch of `count` images the autoencoder decodes at once."""
     # Equal parts: an image's last bits depend on how many are decoded with it.
-    most = max(1, DECODED_PIXELS // diffusion.resolution(pipeline) ** 2)
+    most = diffusion.autoencoded_at_once(pipeline)
     return max(part for part in range(1, most + 1) if count % part == 0)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from bob.errors import BobError
 from bob.models.device import computing_device
-from bob.models.loading import check_weights, quiet
+from bob.models.loading import load_checked
 from bob.models.precision import dtype_name, resolve_precision
 
 # Named in an answer's key in the item cache: the modules that make it, and what they stand on.
@@ -40,18 +40,15 @@ class VisionLanguageModel:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         try:
-            local = {"local_files_only": True, "trust_remote_code": False}
-            processor = AutoProcessor.from_pretrained(self._folder, **local)
-            with quiet():
-                model, report = AutoModelForImageTextToText.from_pretrained(
-                    self._folder,
-                    dtype=self._dtype,
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                    **local,
-                )
-            check_weights(report, model)
+            processor = AutoProcessor.from_pretrained(
+                self._folder, local_files_only=True, trust_remote_code=False
+            )
+            model = load_checked(
+                AutoModelForImageTextToText,
+                self._folder,
+                dtype=self._dtype,
+                trust_remote_code=False,
+            )
         except (OSError, ValueError) as error:
             raise BobError(
                 f"caption.model {self._folder} is no image-text-to-text model that transformers "

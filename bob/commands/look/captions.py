@@ -94,7 +94,7 @@ def save(edits: Edits, photos: Sequence[Photo]) -> list[Path]:
             write_bank(path, after)
             written.append(path)
         if values["caption"]["bank"] == CAPTIONER:
-            params.replace_text("caption", "bank", path.as_posix())
+            params.replace({"caption.bank": path.as_posix()})
             written.append(PARAMS)
     return written
 

@@ -285,9 +285,9 @@ def fine_tuning_work(project: Project) -> Work:
     precision = project.gpu.precision(settings.precision)
     pipeline = networks.text_to_image(model_folder(project.params, "finetune", "base_model"))
     trained = pipeline.unet, pipeline.text_encoder
-    batch = min(len(photos), finetuning.ENCODE_BATCH)
+    batch = min(len(photos), finetuning.ENCODE_BATCH, diffusion.autoencoded_at_once(pipeline))
     encode = networks.encode_images(pipeline, batch)
-    encoding = networks.weight_bytes(*trained, pipeline.vae) + encode.peak
+    encoding = networks.weight_bytes(pipeline.vae) + encode.peak
     with networks.META:
         lora = 4 * sum(parameter.numel() for parameter in add_lora(pipeline, settings.rank, 0))
     steps = settings.epochs * math.ceil(len(photos) / settings.batch_size)
@@ -316,7 +316,7 @@ def fine_tuning_work(project: Project) -> Work:
 
 def _cast(precision: str, *parts: torch.nn.Module) -> None:
     for part in parts:
-        diffusion.cast(part, DTYPES[precision])
+        diffusion.cast(part, DTYPES[precision], networks.META)
 
 
 def _added(*flops: tuple[str, float]) -> dict[str, float]:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from bob.commands.study.drawn import run_module, sandbox
-from bob.commands.study.settings import overridden
 from bob.formats.files import replacing_file
 from bob.formats.layout import CONTEXTS, MINIATURE, TRAIN
 from bob.formats.photos import read_photos
+from bob.formats.presets import overridden
 from bob.formats.prompts import Context, Entry, write_bank
 from bob.miniature.world import BACKGROUNDS, POSES
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bob.cache.recipe import bare
-from bob.commands.study.settings import Setting, nearest, overridden, read_settings
+from bob.commands.study.settings import Setting, read_settings
 from bob.errors import BobError
 from bob.formats.files import sha256
 from bob.formats.layout import CONTEXTS, REVIEW
 from bob.formats.params import PARAMS, PIPELINE, check, read_yaml
+from bob.formats.presets import nearest, overridden
 from bob.formats.review import rejected
 
 TARGETS = ("evaluate", "audit")  # the stages whose metrics a study reads
@@ -229,7 +230,7 @@ def read_study(path: Path) -> Study:
     text = resources.files("bob.commands.study").joinpath("study.schema.json").read_text("utf-8")
     rules = json.loads(text)
     check(path, content, rules)
-    settings = read_settings(path, content, rules)
+    settings = read_settings(path, content)
     figure = content.get("figure")
     return Study(
         path,

@@ -1,18 +1,15 @@
 """What a study measures: settings, written out or as grids of presets, and their sweeps."""
 
-import difflib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bob.errors import BobError
-from bob.formats.params import PARAMS, check, read_yaml, schema
-
-PRESETS = "presets.yaml"  # beside the study's file
+from bob.formats.params import PARAMS, read_yaml
+from bob.formats.presets import PRESETS, Preset, nearest, overridden, read_presets
 
 
 @dataclass(frozen=True)
@@ -50,23 +47,20 @@ class Setting:
         return tuple(sorted(f"{key}={_written(value)}" for key, value in self.overrides.items()))
 
 
-def read_settings(
-    path: Path, content: Mapping[str, Any], rules: Mapping[str, Any]
-) -> dict[str, Setting]:
+def read_settings(path: Path, content: Mapping[str, Any]) -> dict[str, Setting]:
     """Name -> setting of the study `content`, read from `path`: those written out, then the grids'.
 
     What is common to the study comes first, then what is the setting's own; in each the presets, in
-    their order, and then the params. The later wins. `rules` is the schema of studies.
+    their order, and then the params. The later wins.
 
     Raises BobError with one line for a name that stands twice or for nothing, and for an override
     that `params.yaml` does not allow.
     """
     entries = _entries(path, content)
-    file = path.parent / PRESETS
-    presets: Mapping[str, Mapping[str, Any]] = {}
+    file = path.parent / PRESETS.name
+    presets: Mapping[str, Preset] = {}
     if any("use" in part for part in (content, *entries.values())):
-        presets = read_yaml(file)
-        check(file, presets, {"$ref": "#/$defs/presets", "$defs": rules["$defs"]})
+        presets = read_presets(file)
     params = read_yaml(PARAMS)
     settings = {}
     for name, entry in entries.items():
@@ -76,7 +70,7 @@ def read_settings(
             for preset in part.get("use", []):
                 if preset not in presets:
                     raise BobError(f"{where}: {file} has no {preset!r}; {nearest(preset, presets)}")
-                overrides |= presets[preset]
+                overrides |= presets[preset].params
             overrides |= part.get("params", {})
         seeds = entry.get("seeds", content.get("seeds"))
         if seeds is None:
@@ -108,27 +102,6 @@ def _entries(path: Path, content: Mapping[str, Any]) -> dict[str, Mapping[str, A
     if not entries:
         raise BobError(f"{path} measures nothing; give it settings or grids")
     return entries
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to say of a name that is not among the `known`."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-
-
-def overridden(
-    overrides: Mapping[str, Any], where: str, params: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """`params`, by default `params.yaml`, with `overrides` (section.key -> value).
-
-    Raises BobError naming `where` for what `params.yaml` does not allow.
-    """
-    values: dict[str, Any] = deepcopy(dict(params or read_yaml(PARAMS)))
-    for key, value in overrides.items():
-        section, _, name = key.partition(".")
-        values.setdefault(section, {})[name] = value
-    check(Path(where), values, schema())
-    return values
 
 
 def _written(value: Any) -> str:
