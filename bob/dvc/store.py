@@ -32,16 +32,6 @@ class ObjectStore(OnRepository):
         """The folder of the objects."""
         return Path(self._odb.path)
 
-    def copies(self, folder: Path) -> bool:
-        """Whether `dvc add` leaves what is in `folder` there twice: on the disk no link works."""
-        from dvc_objects.fs.generic import test_links
-        from dvc_objects.fs.local import localfs
-
-        odb = self._odb
-        odb.makedirs(odb.path)
-        links = test_links(odb.cache_types, odb.fs, odb.path, localfs, str(folder.absolute()))
-        return links[:1] == ["copy"]
-
     def path(self, oid: str) -> Path:
         """Where an object lies, or would."""
         return Path(self._odb.oid_to_path(oid))
@@ -120,16 +110,18 @@ class ObjectStore(OnRepository):
         same = self.exists(oid) and path.samefile(self.path(oid))
         return oid if same else None
 
-    def stores_once(self) -> bool:
-        """Whether what DVC takes in from the workspace then lies on the disk once, not twice.
+    def stores_once(self, folder: Path | None = None) -> bool:
+        """Whether what DVC takes in from `folder` then lies on the disk once, not twice.
 
-        Which links can be made between the two is tried out.
+        Which links can be made between it, or else the project's root, and the cache is tried out.
         """
         from dvc_objects.fs.generic import test_links
 
-        kinds = self._odb.cache_types
-        beside = self._odb.fs.join(self.repository.root_dir, "new")
-        possible = test_links(kinds, self._odb.fs, self._odb.path, self._odb.fs, beside)
+        odb = self._odb
+        odb.makedirs(odb.path)
+        beside = Path(folder or self.repository.root_dir).absolute() / "link"
+        kinds = odb.cache_types
+        possible = test_links(kinds, odb.fs, odb.path, odb.fs, str(beside))
         for kind in kinds:
             if kind in possible:
                 return kind != "copy"
