@@ -26,6 +26,7 @@ from bob.cli import cli
 from bob.commands import datasets
 from bob.commands.datasets import BENCHMARKS, dataset
 from bob.errors import BobError
+from bob.formats.files import sha256
 from bob.stages.split import read_dataset
 from tests.tiny_project import tree
 
@@ -226,9 +227,13 @@ def untracked(workspace, monkeypatch):
     return workspace
 
 
+def hashes(files):
+    return {file: sha256(file) for file in files}
+
+
 def listing(folder):
     """What the pipeline reads there: by part and class, the photos' names."""
-    read = read_dataset(folder)
+    read = read_dataset(folder, hashes)
     return {
         part: {
             name: {Path(one.path).name for one in photos}
@@ -266,7 +271,7 @@ def test_a_benchmark_is_read_with_its_official_split_and_names(
     dataset(name, source, Path("data") / name)
 
     assert listing(Path("data") / name) == EXPECTED[name]
-    assert read_dataset(Path("data") / name).descriptor == DESCRIPTORS[name]
+    assert read_dataset(Path("data") / name, hashes).descriptor == DESCRIPTORS[name]
     assert tree(source) == before, "the user's files are copied, never moved"
     assert "2 classes of" in capsys.readouterr().out
     assert not list(Path("data").rglob(".*")), "nothing of the unpacking stays"

@@ -27,6 +27,7 @@ from bob.cache.work import Work
 from bob.cli import cli
 from bob.errors import BobError
 from bob.models import captioner, endpoint, sampling, vlm
+from bob.stages import split
 from tests.conftest import ROOT
 from tests.test_pipeline import imported_modules
 
@@ -647,6 +648,10 @@ DECIDES_NOTHING = {
 def test_the_code_in_a_key_is_the_code_that_makes_the_item(module):
     imported = imported_modules(module.__name__.removeprefix("bob."))
     assert set(module.MADE_BY) == imported - set(DECIDES_NOTHING)
+
+
+def test_that_a_photo_is_readable_is_said_by_the_code_that_opens_it():
+    assert set(split.MADE_BY) == imported_modules("formats.photos") - set(DECIDES_NOTHING)
 
 
 def test_a_captioner_is_made_by_its_own_code_and_by_that_of_either_kind():

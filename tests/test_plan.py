@@ -202,6 +202,23 @@ def test_what_the_run_cache_has_is_restored(project):
 
 
 @pytest.mark.slow
+def test_an_output_that_dvc_does_not_link_is_twice_on_the_disk(project):
+    set_params(project, {"generate": {"images_per_class": 5}, "data": {"shots": 3}})
+    _, once = planned()
+    assert once["split"].disk == 0  # photos of the stage draw, which are linked
+    assert "disk: twice" not in command()[1]
+    dvc(project, "config", "--local", "cache.type", "copy")
+    try:
+        _, twice = planned()
+        assert "disk: twice, in the workspace and in DVC's cache" in command()[1]
+    finally:
+        dvc(project, "config", "--local", "--unset", "cache.type")
+    photos = project / "data/miniature"
+    assert 0 < twice["split"].disk < sum(path.stat().st_size for path in photos.rglob("*.png"))
+    assert twice["generate"].disk == 2 * once["generate"].disk > 0
+
+
+@pytest.mark.slow
 def test_other_parameters_are_planned_without_writing_them(project):
     before = (project / "params.yaml").read_bytes()
     overrides = ["-S", "generate.images_per_class=5", "-S", "classify.seeds=[0,1]"]

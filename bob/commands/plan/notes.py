@@ -17,9 +17,13 @@ USABLE = 0.9  # of a GPU's memory; the rest is CUDA's own, and gaps that its all
 
 
 def notes(
-    of: Params, states: Mapping[str, str], work: Mapping[str, Work], machine: Machine
+    of: Params,
+    states: Mapping[str, str],
+    work: Mapping[str, Work],
+    machine: Machine,
+    copies: int,
 ) -> list[str]:
-    """Lines to print below the table."""
+    """Lines to print below the table; an output is on the disk in so many copies."""
     gpu, many = machine.gpu, f"{machine.count} x " if machine.count > 1 else ""
     lines = [
         f"time, memory: {many}{gpu.name}, {gpu.half:g} TFLOP/s in "
@@ -27,6 +31,11 @@ def notes(
         f"{metric(gpu.memory, 'B')}; only products are timed",
         _shares(gpu),
     ]
+    if copies > 1 and any(one.disk for one in work.values()):
+        lines.append(
+            "disk: twice, in the workspace and in DVC's cache; `dvc config --local cache.type "
+            "hardlink,symlink` would link them"
+        )
     if machine.count > 1:
         lines.append("answers, images and classifiers are spread over the GPUs; finetune takes one")
     if machine.price is not None:

@@ -4,11 +4,13 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from bob.cache.items import ItemCache, tree_hash
 from bob.cache.wanted import Wanted
@@ -60,7 +62,7 @@ class Work:
     memory: int = 0
     """Bytes on the GPU at the peak; 0 where it needs none."""
     disk: float = 0
-    """Bytes written."""
+    """Bytes that the outputs add on the disk, in the workspace and in DVC's cache."""
     relief: tuple[str, ...] = ()
     """What would help where the memory does not suffice, one of these."""
     parts: int = 1
@@ -109,10 +111,15 @@ class Project:
         data = self.params.data
         folder = Path("data") / data.name
         known = folder != layout.MINIATURE or self.forecast.states["draw"] == UP_TO_DATE
-        dataset = read_dataset(folder) if known else _undrawn(self.params)
+        dataset = read_dataset(folder, _hashes) if known else _undrawn(self.params)
         train, val, test = split_of(dataset, data)
         task = Task(dataset.descriptor, tuple(sorted(dataset.train)))
         return Photos(task, train, val, test, known)
+
+    @cached_property
+    def copies(self) -> int:
+        """Of an output on the disk: in the workspace and, where DVC cannot link it, its cache."""
+        return 1 if self.cache.stores_once() else 2
 
     @cached_property
     def images(self) -> int:
@@ -124,6 +131,13 @@ class Project:
             self.params.generate.images_per_class,
         )
         return sum(counts.values())
+
+
+def _hashes(files: list[Path]) -> dict[Path, str]:
+    """Of the photos; that they can be decoded is for the stage to see."""
+    with ThreadPoolExecutor() as threads:
+        hashes = tqdm(threads.map(sha256, files), "reading photos", len(files), disable=None)
+        return dict(zip(files, hashes, strict=True))
 
 
 def _undrawn(params: Params) -> Dataset:
@@ -149,7 +163,7 @@ def _draw(project: Project) -> Work:
     settings = project.params.draw
     per_class = world.images_per_class(settings.train_per_class, settings.per_context)
     count = settings.classes * sum(per_class.values())
-    return Work(f"{count:,} drawings", disk=count * world.SIZE**2 * PNG_BYTES)
+    return Work(f"{count:,} drawings", disk=project.copies * count * world.SIZE**2 * PNG_BYTES)
 
 
 def _split(project: Project) -> Work:
@@ -159,7 +173,7 @@ def _split(project: Project) -> Work:
     return Work(
         f"{len(photos.task.classes):,} classes, "
         + ", ".join(f"{len(part):,} {name}" for name, part in parts.items()),
-        disk=sum(path.stat().st_size for path in paths if path.is_file()),
+        disk=project.cache.new_bytes(filter(Path.is_file, paths)),
     )
 
 
@@ -295,7 +309,7 @@ def fine_tuning_work(project: Project) -> Work:
             (precision, steps * parts_of_batch * step.flops),
         ),
         memory=max(encoding, training if steps else 0),
-        disk=lora,
+        disk=project.copies * lora,
         relief=(
             *_lower_precision("finetune", precision),
             *(["raise finetune.gradient_accumulation"] if parts_of_batch < whole else []),
@@ -370,7 +384,7 @@ def generating_work(project: Project, prompts: Sequence[str] | None) -> Work:
             ("fp32", batches * batch / at_once * decode.flops + texts * text.flops),
         ),
         weights + max(denoise.peak, decode.peak),
-        new * side**2 * _png_bytes(),
+        project.copies * new * side**2 * _png_bytes(),
         (
             *_lower_precision("generate", precision),
             *(["lower generate.batch_size"] if batch > 1 else []),
@@ -436,7 +450,7 @@ def training_work(project: Project, new: Sequence[tuple[str, int]], known: bool)
             ("fp32", look.flops * looks),
         ),
         held + ADAM * changing + step.peak,
-        len(new) * network.weights,
+        project.copies * len(new) * network.weights,
         ("lower classify.batch_size",) if batch > 1 else (),
         max(Counter(variant for variant, _ in new).values()),  # one variant after the other
         _kind_of(folder),
@@ -536,7 +550,9 @@ def _export(project: Project) -> Work:
     precisions = project.params.export.precisions
     return Work(
         f"ONNX, {', '.join(precisions)}",
-        disk=network.weights * sum(ONNX_SHARE[precision] for precision in precisions),
+        disk=project.copies
+        * network.weights
+        * sum(ONNX_SHARE[precision] for precision in precisions),
     )
 
 
