@@ -61,7 +61,7 @@ def reads(images: Labelled, photos: Sequence[Path]) -> dict[str, tuple[int, Call
     hashes = [sha256(path) for path in (*images.paths, *photos)]
     real = Labelled(tuple(photos), ("",) * many, (0,) * many)
     return {
-        "split: check and hash photos": (many, partial(split._decode_and_hash, list(photos))),
+        "split: check photos": (many, partial(drain, split._unreadable, photos, 32)),
         "caption: photos": (many, partial(ask, photos, hashes[count:])),
         "finetune: photos": (many, partial(drain, open_image, photos, 1)),
         "audit: caption images": (count, partial(ask, images.paths, hashes[:count])),
@@ -82,10 +82,7 @@ def measured(read: Callable[[], object], workers: int) -> float:
     """Seconds with so many workers, the better of two."""
     torch.set_num_threads(workers)
     pool = partial(ThreadPoolExecutor, workers)
-    with (
-        patch.object(split, "ThreadPoolExecutor", pool),
-        patch.object(captioner, "ThreadPoolExecutor", pool),
-    ):
+    with patch.object(captioner, "ThreadPoolExecutor", pool):
         return min(seconds(read) for _ in range(2))
 
 

@@ -471,7 +471,7 @@ def test_whatever_a_list_holds_is_one_line_or_a_dataset(untracked, monkeypatch, 
         assert "\n" not in str(error)
         assert not any(Path("data").iterdir())
     else:
-        assert read_dataset(Path("data/cub")).train
+        assert read_dataset(Path("data/cub"), hashes).train
 
 
 def test_the_folder_has_to_be_free_and_in_data(untracked):

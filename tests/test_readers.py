@@ -20,6 +20,7 @@ from bob.commands.study.plan import read_study
 from bob.commands.study.results import read_results
 from bob.errors import BobError
 from bob.formats import params
+from bob.formats.files import sha256
 from bob.formats.manifest import read_manifest
 from bob.formats.photos import read_photos, read_task
 from bob.formats.prompts import read_bank, read_contexts
@@ -41,6 +42,10 @@ IMAGE = {
 }
 ITEM = {"recipe": HASH, "maker": HASH, "md5": HASH[:32], "text": "blue sky"}
 VERDICT = {"class": "Wren", "file": "Wren/0001.png", "recipe": HASH, "verdict": "reject"}
+
+
+def hashes(files: list[Path]) -> dict[Path, str]:
+    return {file: sha256(file) for file in files}
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ READERS = {
     "dataset": Reader(
         "data/two/dataset.yaml",
         "descriptor: disc\nclasses: {Red_Disc: F/A 18}\n",
-        lambda path: read_dataset(path.parent),
+        lambda path: read_dataset(path.parent, hashes),
     ),
     "params": Reader("params.yaml", (ROOT / "params.yaml").read_text(), params.load),
     "pipeline": Reader("dvc.yaml", "stages:\n  split:\n    params: [data.shots]\n", read_stage),
@@ -195,13 +200,13 @@ def test_a_value_of_another_kind_is_told_with_its_line(
 def test_what_dataset_yaml_cannot_say_is_told(folder: Path, content: str, told: str) -> None:
     (folder / "data/two/dataset.yaml").write_text(content)
     with pytest.raises(BobError) as caught:
-        read_dataset(folder / "data/two")
+        read_dataset(folder / "data/two", hashes)
     assert told in str(caught.value)
 
 
 def test_a_descriptor_is_one_line_of_words(folder: Path) -> None:
     (folder / "data/two/dataset.yaml").write_text('descriptor: "a\\nb\\t c "')
-    assert read_dataset(folder / "data/two").descriptor == "a b c"
+    assert read_dataset(folder / "data/two", hashes).descriptor == "a b c"
 
 
 @pytest.mark.parametrize("content", ["", "stages: 5", "stages: {split: 5}", "stages: {other: {}}"])
