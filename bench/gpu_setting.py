@@ -108,6 +108,7 @@ def planned_memory(
     # As much of a project as these functions look at.
     project = SimpleNamespace(
         params=params.Params(values, "plan"),
+        copies=1,
         gpu=setting.gpu or GPUS["h100"],
         images=1,
         photos=SimpleNamespace(train=[None] * photos),

@@ -232,7 +232,7 @@ def test_the_best_seed_has_the_best_top1_then_the_lower_loss_then_comes_first(
             str(seed): {"epoch": 0, "top1": top1, "loss": loss}
             for seed, (top1, loss) in enumerate(results)
         }
-        preprocessing = Preprocessing((8, 8), (0.5,), (0.5,), "bicubic", 1.0, "center")
+        preprocessing = Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
         seeds = tuple(range(len(results)))
         return classifiers.Trained(
             "shape", ("a", "b"), preprocessing, seeds, {"real_only": validation}
@@ -544,7 +544,7 @@ def test_a_failed_run_leaves_the_old_output_whole(project: Path) -> None:
 def test_a_generated_image_of_an_unknown_class_and_an_empty_training_set_are_refused(
     project: Path,
 ) -> None:
-    write_manifest(layout.GENERATED, [Generated("Grey Blob", None, "a photo", 0, "a.png")])
+    write_manifest(layout.GENERATED, [Generated("Grey Blob", None, "a photo", 0, "images/a/0.png")])
     with pytest.raises(BobError, match=r"metadata\.jsonl has images of 'Grey Blob'"):
         classify.run(classify_params())
     write_jsonl(layout.TRAIN, [])

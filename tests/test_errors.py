@@ -286,11 +286,11 @@ def test_letters_that_the_terminal_lacks_are_escapes_and_no_error(tracked: Path)
 
 
 def test_a_stages_lines_are_one_each_whatever_is_in_a_name(tracked: Path) -> None:
-    about = 'descriptor: "di\\u2028sc\\e[31m\\u202E"\n'
+    about = 'descriptor: "di\\u200Bsc\\e[31m\\u202E"\n'
     (tracked / "data/two/dataset.yaml").write_text(about)
     done = run("", "split")
     assert done.stdout == (
-        "split: 2 classes of di\\u2028sc\\x1b[31m\\u202e; photos: 4 train, 2 val, 4 test\n"
+        "split: 2 classes of di\\u200bsc\\x1b[31m\\u202e; photos: 4 train, 2 val, 4 test\n"
     )
 
 

@@ -640,7 +640,7 @@ DECIDES_NOTHING = {
     "errors": "says what went wrong",
     "formats.files": "reads and writes JSON, and hashes a photo to compare it with its manifest",
     "formats.layout": "says where outputs lie",
-    "formats.params": "checks endpoint.json against its schema",
+    "formats.schemas": "checks what is read against its schema",
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bob.formats.files import read_jsonl, write_jsonl
-from bob.formats.params import check
+from bob.formats.schemas import check
 
 _HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "64 hex digits"}
 ITEM_SCHEMA: dict[str, Any] = {

@@ -159,8 +159,8 @@ def dataset(name: str, source: Path | None, folder: Path) -> None:
                 parts = _download(name, benchmark, root)
             else:
                 parts = _read(source, name, benchmark, root)
-            _check_classes(name, parts)
             parts = _distinct(parts, root, benchmark)
+            _check_classes(name, parts)
             _copy(parts, draft)
         _write_about(draft / "dataset.yaml", benchmark.descriptor, parts)
     classes = {class_name for photos in parts.values() for _, class_name in photos}
@@ -248,6 +248,11 @@ def _unpack(archive: Path, folder: Path) -> None:
 def _check_classes(name: str, parts: Parts) -> None:
     """Raise BobError for a class that `split` would not read from the folder that is written."""
     classes = sorted({class_name for photos in parts.values() for _, class_name in photos})
+    trained = {class_name for _, class_name in parts["train"]}
+    if len(trained) < 2:
+        raise BobError(
+            f"{name}: its lists name training photos of {len(trained)} class; it has more"
+        )
     spelled: dict[str, str] = {}
     for class_name in classes:
         words = unicodedata.normalize("NFC", " ".join(class_name.split()))
@@ -277,7 +282,7 @@ def _distinct(parts: Parts, root: Path, benchmark: Benchmark) -> Parts:
     ordered = [(part, *photo) for part in ("test", "val", "train") for photo in parts.get(part, [])]
     for part, photo, class_name in tqdm(ordered, "reading photos", disable=None):
         listed = Path(os.path.relpath(photo, root))
-        if not any(photo.resolve().is_relative_to(entry) for entry in inside):
+        if not _leads_into(photo, inside):
             raise BobError(
                 f"{listed}, which the official list of {part} names, is or leads outside of "
                 f"{_all(benchmark.entries)}; put a copy of the photo there, or correct the list"
@@ -292,6 +297,14 @@ def _distinct(parts: Parts, root: Path, benchmark: Benchmark) -> Parts:
     if copies:
         tell(f"dataset: warning: left out, being copies: {', '.join(copies)}")
     return kept
+
+
+def _leads_into(photo: Path, folders: Sequence[Path]) -> bool:
+    try:
+        found = photo.resolve()
+    except (OSError, ValueError):  # links in a circle, a NUL
+        return False
+    return any(found.is_relative_to(folder) for folder in folders)
 
 
 def _copy(parts: Parts, folder: Path) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from bob.dvc.overrides import read_instead
 from bob.dvc.repository import OnRepository, translated
-from bob.formats.params import PARAMS, PIPELINE, check
+from bob.formats.params import PARAMS, PIPELINE
+from bob.formats.schemas import check
 
 if TYPE_CHECKING:
     from dvc.output import Output

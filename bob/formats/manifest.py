@@ -14,8 +14,8 @@ from typing import Any
 from bob.errors import BobError
 from bob.formats.files import read_jsonl, write_jsonl
 from bob.formats.layout import GENERATED
-from bob.formats.params import check
 from bob.formats.prompts import Context
+from bob.formats.schemas import check
 
 _WORDS = {"anyOf": [{"type": "string"}, {"const": None}]}
 SCHEMA: dict[str, Any] = {

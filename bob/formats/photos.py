@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from bob.errors import BobError, shown
 from bob.formats.files import read_json, read_jsonl, write_json, write_jsonl
 from bob.formats.layout import CLASSES
-from bob.formats.params import check
+from bob.formats.schemas import check
 
 # Pillow's others are not asked, whatever a file is called: that for EPS starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")

@@ -9,7 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bob.formats.params import check, load, read_yaml, schema
+from bob.formats.params import load, read_yaml, schema
+from bob.formats.schemas import check
 
 PRESETS = Path("experiments/presets.yaml")
 

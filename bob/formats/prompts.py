@@ -8,7 +8,7 @@ from typing import Any
 
 from bob.errors import BobError
 from bob.formats.files import read_jsonl, write_jsonl
-from bob.formats.params import check
+from bob.formats.schemas import check
 
 ATTRIBUTES = ("background", "pose")
 

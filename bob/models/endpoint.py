@@ -18,7 +18,7 @@ from PIL import Image
 
 from bob.errors import BobError
 from bob.formats.files import read_json
-from bob.formats.params import check
+from bob.formats.schemas import check
 
 if TYPE_CHECKING:
     import httpx2

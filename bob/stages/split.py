@@ -23,8 +23,9 @@ from bob.errors import NAME, BobError, shown, tell
 from bob.formats.files import replacing, sha256
 from bob.formats.layout import CLASSES, SPLIT, TEST, TRAIN, VAL
 from bob.formats.names import class_name_of
-from bob.formats.params import Params, check, read_yaml
+from bob.formats.params import Params, read_yaml
 from bob.formats.photos import Photo, Task, batches, open_image, write_photos, write_task
+from bob.formats.schemas import check
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 

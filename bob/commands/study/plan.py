@@ -16,9 +16,10 @@ from bob.commands.study.settings import Setting, read_settings
 from bob.errors import BobError
 from bob.formats.files import sha256
 from bob.formats.layout import CONTEXTS, REVIEW
-from bob.formats.params import PARAMS, PIPELINE, check, read_yaml
+from bob.formats.params import PARAMS, PIPELINE, read_yaml
 from bob.formats.presets import nearest, overridden
 from bob.formats.review import rejected
+from bob.formats.schemas import check
 
 TARGETS = ("evaluate", "audit")  # the stages whose metrics a study reads
 # What takes the place of generate where the synthetic set is drawn by the true renderer.

@@ -43,6 +43,7 @@ SCHEMA = "bob/formats/params.schema.json"
 # They check and dispatch, and are no stage's dependencies.
 EXEMPT = (
     *("bob/__main__.py", "bob/cli.py", "bob/failures.py", "bob/formats/params.py", SCHEMA),
+    "bob/formats/schemas.py",
     *("bob/__init__.py", "bob/cache/__init__.py", "bob/dvc/__init__.py"),
     "bob/formats/__init__.py",
     *("bob/miniature/__init__.py", "bob/models/__init__.py", "bob/stages/__init__.py"),
