@@ -125,12 +125,17 @@ class FaultySystem:
 
 
 def prepare() -> None:
-    """Import what the stages import, so that a fork need not, and log which items are begun."""
+    """Import what the stages import, so that a fork need not.
+
+    Which items are begun is logged, and a training run saves a checkpoint whenever it can.
+    """
+    import bob.cache.checkpoints
     import bob.cache.items
     from tests.warm_python import import_libraries
 
     import_libraries()
     bob.cache.items.ItemCache = CountedCache  # type: ignore[misc]
+    bob.cache.checkpoints.SECONDS_BETWEEN = 0.0
     from bob.cli import STAGES
 
     for stage in STAGES:
