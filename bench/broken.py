@@ -40,7 +40,7 @@ class Run:
 
 
 class FaultySystem:
-    """A tmpfs at `mount`, and a folder `outside` it that is never full; to be used in a `with` block."""
+    """A tmpfs at `mount`, and a folder `outside` it that is never full; for a `with` block."""
 
     def __init__(self) -> None:
         # Not a TemporaryDirectory, which a fork would remove when it ends.
@@ -50,6 +50,7 @@ class FaultySystem:
         self.outside.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", self.mount], check=True)
         self._resize(**_AMPLE)
+        (self.mount / "tmp").mkdir()
         self.log = self.outside / "made"
         # What DVC keeps outside of a project is on the same disk as it.
         os.environ |= {LOG: str(self.log), "DVC_SITE_CACHE_DIR": str(self.mount / "site")}
@@ -97,7 +98,7 @@ class FaultySystem:
         said = self.outside / "said"
         child = os.fork()
         if child == 0:
-            _become(project, stage, said)
+            _become(project, stage, said, self.mount / "tmp")
         most_pages, most_files = pages, files
         while True:
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -142,7 +143,7 @@ def prepare() -> None:
         importlib.import_module(f"bob.stages.{stage}")
 
 
-def _become(project: Path, stage: str, said: Path) -> NoReturn:
+def _become(project: Path, stage: str, said: Path, temporary: Path) -> NoReturn:
     """Be `bob STAGE` in a project, as `python -m bob` is."""
     code: object = 1
     try:
@@ -151,6 +152,7 @@ def _become(project: Path, stage: str, said: Path) -> NoReturn:
         for stream, number in ((nothing, 0), (nothing, 1), (error, 2)):
             os.dup2(stream, number)
         os.chdir(project)
+        tempfile.tempdir = str(temporary)
         _drop_capabilities()
         # Who starts it in a shell's background has SIGINT ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)

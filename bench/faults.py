@@ -1,6 +1,6 @@
 """Break stages at random moments, look at what is left, run them again, and compare.
 
-    python -m bench.faults [--rounds 100] [--minutes M] [--seed 0] [--kind KIND]... [--stage STAGE]...
+    python -m bench.faults [--rounds 100] [--minutes M] [--seed 0] [--kind KIND] [--stage STAGE]
 
 A round takes a finished tiny project, takes away or alters a stage's output and forgets some of its
 items, runs the stage, and breaks it:
@@ -81,6 +81,7 @@ PLACES = (
     "results/split",
     "results/{stage}",
 )
+SECONDS_TO_LISTEN = 0.05  # after which a fork is in the stage, and Ctrl-C no longer this module's
 RIGHTS = ("not written to", "not written to, nor what is in it", "not read", "a file not read")
 
 
@@ -251,9 +252,7 @@ class Project:
             done.losses.append(f"{done.again} items too many were begun")
         return done
 
-    def _left(
-        self, done: Round, before: dict[str, str | None], beside: set[str]
-    ) -> Iterator[str]:
+    def _left(self, done: Round, before: dict[str, str | None], beside: set[str]) -> Iterator[str]:
         """What is wrong with what the broken run has left."""
         assert done.run
         after = self.undisturbed[done.stage].outputs
@@ -280,7 +279,7 @@ class Project:
         if "SIGTERM" in done.fault:
             expected = (0, -signal.SIGTERM)
         elif "SIGINT" in done.fault:
-            expected = (0, 130)
+            expected = (0, 130, -signal.SIGINT)  # the latter when it has done its work
         if status not in expected:
             yield f"exit status {status}"
         usual = set(self.undisturbed[done.stage].run.said.splitlines())
@@ -292,7 +291,7 @@ class Project:
         others = [one for one in lines if one not in errors and "warning: " not in one]
         if others:
             yield f"said beside it: {others}"
-        if kind == "disk" and errors and "is full" not in errors[0]:
+        if kind == "disk" and errors and "full" not in errors[0]:
             yield "the line does not say that the disk is full"
 
     # --- the faults ------------------------------------------------------------------------------
@@ -307,7 +306,7 @@ class Project:
         return f"SIGKILL after {after:.3f} s", run
 
     def _stop(self, stage: str, draw: random.Random) -> tuple[str, Run]:
-        after = self._moment(stage, draw)
+        after = SECONDS_TO_LISTEN + self._moment(stage, draw)
         number = draw.choice(SIGNALS)
         run = self.system.run(self.root, stage, number, after)
         return f"{number.name} after {after:.3f} s", run

@@ -4,6 +4,7 @@ import errno
 import os
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 import traceback
@@ -62,6 +63,14 @@ def guarded(command: Callable[[], object]) -> None:
         except OSError:  # standard error may be what is full
             silence(sys.stderr)
         sys.exit(_status(error, line))
+    finally:
+        _end_at_once_by_ctrl_c()
+
+
+def _end_at_once_by_ctrl_c() -> None:
+    """What is left is Python's tidying up, which would print a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _flush() -> None:
@@ -118,7 +127,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    name = getattr(error, "filename", None)
+    # Of two names, a copy's second is what it writes.
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     return shown(os.fsdecode(name)) if isinstance(name, str | bytes) else "what it writes to"
 
 
