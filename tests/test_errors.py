@@ -122,6 +122,11 @@ def test_bob_debug_shows_the_traceback_instead(project: Path) -> None:
             "results/x is full (No space left on device); free space and run it again",
         ),
         (
+            "raise OSError(errno.ENOSPC, 'No space left on device', 'data/a', None, 'results/a')",
+            1,
+            "results/a is full (No space left on device); free space and run it again",
+        ),
+        (
             "raise PermissionError(errno.EACCES, 'Permission denied', b'\\x1b')",
             1,
             "\\x1b may not be used (Permission denied); correct its permissions",
@@ -198,6 +203,16 @@ def test_ctrl_c_is_quiet(project: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.stderr.read().strip() == ""
     assert process.returncode == 130
+
+
+def test_ctrl_c_after_the_work_is_done_is_quiet(project: Path) -> None:
+    code = (
+        "import atexit, os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    )
+    done = run(code, "split")
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    assert (project / "results/split/classes.json").exists()
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(project: Path) -> None:

@@ -180,7 +180,7 @@ def to_int8(source: Path, target: Path, calibration: Tensor, first: int = 0) -> 
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         # The shape inference of onnx suffices; the symbolic one is of no more use here.
-        with _full_disk_raised(source.stat().st_size):
+        with full_disk_raised(source.stat().st_size):
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared).graph
         # A transformer's residual stream grows with depth: too much for 256 steps.
@@ -222,7 +222,7 @@ class _FullDisk(logging.Handler):
 
 
 @contextmanager
-def _full_disk_raised(size: int) -> Iterator[None]:
+def full_disk_raised(size: int) -> Iterator[None]:
     """Raise OSError where the preparation finds the disk full.
 
     It would log that, and go on with a network that is not optimized: another result.
