@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +125,8 @@ class FaultySystem:
         )
 
 
-def prepare() -> None:
-    """Import what the stages import, so that a fork need not.
+def prepare(stages: Sequence[str]) -> None:
+    """Import what these stages import, so that a fork need not.
 
     Which items are begun is logged, and a training run saves a checkpoint whenever it can.
     """
@@ -134,12 +134,11 @@ def prepare() -> None:
     import bob.cache.items
     from tests.warm_python import import_libraries
 
-    import_libraries()
+    if set(stages) - {"draw", "split"}:  # those need none of the large ones
+        import_libraries()
     bob.cache.items.ItemCache = CountedCache  # type: ignore[misc]
     bob.cache.checkpoints.SECONDS_BETWEEN = 0.0
-    from bob.cli import STAGES
-
-    for stage in STAGES:
+    for stage in stages:
         importlib.import_module(f"bob.stages.{stage}")
 
 

@@ -172,6 +172,11 @@ def faults_of_cache(project: Path) -> Iterator[str]:
                 yield f"the index names object {row.oid} of {row.stage}, which is not there"
 
 
+def needed(stages: Sequence[str]) -> Sequence[str]:
+    """These stages and all before them, in their order."""
+    return PIPELINE[: 1 + max(map(PIPELINE.index, stages))]
+
+
 # --- a round ------------------------------------------------------------------------------------
 
 
@@ -182,8 +187,7 @@ class Project:
         self.system = system
         self.root = make_project(system.mount / "project", SETTINGS)
         self.undisturbed: dict[str, Undisturbed] = {}
-        last = max(map(PIPELINE.index, stages))
-        for stage in PIPELINE[: last + 1]:
+        for stage in needed(stages):
             system.log.unlink(missing_ok=True)
             run = system.run(self.root, stage)
             if run.status:
@@ -221,6 +225,8 @@ class Project:
     def forget(self, stage: str, draw: random.Random) -> int:
         """Forget a random part of the stage's items, all as often as not; returns how many."""
         index = index_of(self.root)
+        if not index.path.exists():  # as long as no stage with items has run
+            return 0
         rows = [row for row in index.all() if row.stage == stage]
         if draw.random() < 0.5:
             rows = draw.sample(rows, draw.randint(0, len(rows)))
@@ -377,8 +383,8 @@ def table(done: Sequence[Round]) -> Iterator[str]:
 
 def repeat(system: FaultySystem, options: dict[str, Any]) -> int:
     """Break a project as the options say; returns how many rounds have lost something."""
-    prepare()
     stages, kinds = options["stages"] or STAGES, options["kinds"] or KINDS
+    prepare(needed(stages))
     project = Project(system, stages)
     first, until = options["first"], time.monotonic() + 60 * options["minutes"]
     done = []
