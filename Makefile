@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/ready
 
-.PHONY: repro test setup
+.PHONY: repro test gpu-check setup
 repro: setup
 	dvc repro
 	@dvc metrics show metrics/accuracy.json
@@ -20,6 +20,10 @@ test: setup
 	mypy
 	lint-imports
 	pytest
+
+# What only a GPU can show, in some eight minutes; the figures go to bench/results/.
+gpu-check: setup
+	python -m bench.gpu
 
 setup: $(READY)
 

@@ -7,7 +7,6 @@ with a network is forward, backward and update of `--network`, on images that li
 """
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,23 +16,13 @@ import timm
 import torch
 from PIL import Image
 
+from bench.speed import seconds
 from bob.models.device import autocast
 from bob.models.preprocessing import Preprocessing, read_inputs
 from bob.models.training import Labelled, TrainingImages
 
 BATCH = 40
 PREPROCESSING = Preprocessing((224, 224), (0.5,) * 3, (0.5,) * 3, "bicubic", 0.875, "center")
-
-
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """What a call takes, its work on the device included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def draw_images(folder: Path, count: int, side: int) -> Labelled:
@@ -79,7 +68,7 @@ def main(count: int, side: int, steps: int, network: str) -> None:
         click.echo(f"{name}, {threads} threads, images of {side} px")
         for used in sorted({1, threads}):
             torch.set_num_threads(used)
-            took = seconds(lambda: list(read_inputs(images.paths, PREPROCESSING)), device)
+            took = seconds(lambda: list(read_inputs(images.paths, PREPROCESSING)))
             click.echo(f"evaluation's input, {used} threads: {count / took:.0f} images/s")
         for at_once in (False, True):
             source = TrainingImages(images, 10, PREPROCESSING, device)
@@ -90,14 +79,14 @@ def main(count: int, side: int, steps: int, network: str) -> None:
                 return source.crops(torch.arange(BATCH) % count, random)
 
             crop()
-            each = min(seconds(crop, device) for _ in range(steps))
+            each = min(seconds(crop) for _ in range(steps))
             how = "at once" if at_once else "one by one"
             click.echo(f"crops of a step, {how}: {1000 * each:.1f} ms")
             if at_once == (device.type == "cuda"):
                 used_each = each
         step = step_of(network, device)
         step()
-        alone = min(seconds(step, device) for _ in range(3 if device.type == "cpu" else steps))
+        alone = min(seconds(step) for _ in range(3 if device.type == "cpu" else steps))
         share = used_each / (alone + used_each)
         click.echo(
             f"a step of {network} alone: {1000 * alone:.0f} ms; input is {share:.1%} of both"

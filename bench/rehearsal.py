@@ -168,13 +168,13 @@ def build(folder: Path, size: Size) -> Path:
 
 
 def rehearse(project: Path, stage: str) -> Figures:
-    """Run a stage with DVC; raises ClickException with what was said where it fails."""
+    """Run a stage with DVC."""
     called = f"import bench.rehearsal as bench; bench.{{}}({stage!r})"
-    planned = json.loads(_measured(project, "-c", called.format("print_plan")).output)
-    imports = _measured(project, "-c", called.format("imports")).memory
+    planned = json.loads(measured(project, "-c", called.format("print_plan")).output)
+    imports = measured(project, "-c", called.format("imports")).memory
     before = blocks(project)
     began = time.monotonic()
-    ran = _measured(project, "-m", "dvc", "repro", "--single-item", stage)
+    ran = measured(project, "-m", "dvc", "repro", "--single-item", stage)
     return Figures(
         stage,
         time.monotonic() - began,
@@ -182,11 +182,18 @@ def rehearse(project: Path, stage: str) -> Figures:
         planned["memory"],
         blocks(project) - before,
         planned["disk"],
-        [line for line in ran.errors.splitlines() if not line.startswith(f"{stage}: ")],
+        not_ours(ran.errors),
     )
 
 
-def _measured(project: Path, *arguments: str) -> Ran:
+def not_ours(errors: str) -> list[str]:
+    """The lines on standard error that no stage has said."""
+    ours = tuple(f"{stage}: " for stage in STAGES)
+    return [line for line in errors.splitlines() if line and not line.startswith(ours)]
+
+
+def measured(project: Path, *arguments: str) -> Ran:
+    """Run Python in the project; raises ClickException with what was said where it fails."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = psutil.Popen(
             ["python", *arguments],

@@ -57,6 +57,15 @@ def take_turns(sides: Sequence[Side], repeats: int) -> None:
             one.rates.append(images / (time.perf_counter() - began))
 
 
+def seconds(function: Callable[[], object]) -> float:
+    """What a call takes, its work on the GPU included."""
+    _synchronize()
+    began = time.perf_counter()
+    function()
+    _synchronize()
+    return time.perf_counter() - began
+
+
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -82,7 +91,7 @@ def _peak_tflops(dtype: torch.dtype) -> float | None:
     here = recognise(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if here is None:
         return None
-    return here.single if dtype == torch.float32 else here.half
+    return here.peak("fp32" if dtype == torch.float32 else "bf16")
 
 
 def reached(what: str, ours: Side, theirs: Side, bound: float) -> bool:

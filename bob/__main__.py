@@ -2,6 +2,7 @@
 
 import sys
 
+from bob.errors import LINE, shown
 from bob.failures import guarded
 
 
@@ -19,6 +20,9 @@ def _command_line() -> None:
     try:
         sys.exit(cli.main(prog_name="bob", standalone_mode=False))
     except click.ClickException as error:
+        # Made of what was typed, which may hold anything.
+        message = shown(" ".join(error.format_message().split()), LINE)
+        error.format_message = lambda: message  # type: ignore[method-assign]
         error.show()
         sys.exit(error.exit_code)
     except click.Abort as abort:  # what click makes of Ctrl-C, and of a file that ends too early

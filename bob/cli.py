@@ -359,13 +359,16 @@ def cache(context: click.Context) -> None:
 def check(stages: tuple[str, ...], share: float) -> None:
     """Make a random share of the cached items again, and forget what comes out otherwise.
 
-    Of all stages with items but finetune, of which a share is a whole fine-tuning, if none is
-    named. Exits with status 1 where an item came out otherwise.
+    If no stage is named, of all stages with items but finetune, of which a share is a whole
+    fine-tuning; and before that, name every file tracked by DVC whose object in DVC's cache was
+    written to. Exits with status 1 where an item came out otherwise or an object was written to.
     """
     _prepare_libraries()
     from bob.commands.check import check as check_items
+    from bob.commands.check import check_objects
 
-    if not check_items(stages or [one for one in CACHED if one != "finetune"], share):
+    whole = bool(stages) or check_objects()
+    if not check_items(stages or [one for one in CACHED if one != "finetune"], share) or not whole:
         raise SystemExit(1)
 
 

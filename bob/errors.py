@@ -40,6 +40,11 @@ def _cut(text: str, most: int) -> str:
     return f"{text[: most - 3 - end]}...{text[-end:]}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def tell(message: str) -> None:
     """Print a line on standard error that a progress bar does not swallow."""
     from tqdm import tqdm

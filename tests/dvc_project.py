@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dvc.config import Config
+from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from bench.counted import LOG
@@ -77,6 +79,12 @@ def run(project, *command):
     )
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout + result.stderr
+
+
+def link_as_here():
+    """Have DVC link files in the current repository as it does in this project."""
+    with Repo() as repo, repo.config.edit() as config:
+        config["cache"]["type"] = Config(str(ROOT / ".dvc"))["cache"]["type"]
 
 
 def dvc(project, *arguments):

@@ -3,6 +3,7 @@
 The libraries would leave such a weight random, or compute with it.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -104,3 +105,50 @@ def test_a_lora_that_is_not_finite_makes_no_black_images(models, tmp_path):
     save_file(weights, tmp_path / LORA_FILE)
     with pytest.raises(BobError, match=r"holds a NaN or an infinity; lower finetune.learning_rate"):
         sampling.load(models["unet"], tmp_path)
+
+
+def test_peft_warns_of_nothing_when_a_lora_is_saved(models, tmp_path, recwarn):
+    pipeline = diffusion.load(models["unet"], CPU)
+    add_lora(pipeline, rank=2, seed=0)
+    save_lora(pipeline, tmp_path)
+    assert not [one for one in recwarn if "peft" in one.filename]
+
+
+@pytest.mark.parametrize("break_", [without, with_another, of_another_shape])
+def test_a_lora_of_another_model_is_told(models, tmp_path, break_):
+    pipeline = diffusion.load(models["unet"], CPU)
+    add_lora(pipeline, rank=2, seed=0)
+    save_lora(pipeline, tmp_path)
+    weights = load_file(tmp_path / LORA_FILE)
+    name = min(weights)
+    break_(weights, name)
+    save_file(weights, tmp_path / LORA_FILE)
+    with pytest.raises(BobError) as caught:
+        sampling.load(models["unet"], tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path} is no LoRA of {models['unet']} (")
+    assert (name if break_ is not with_another else "another.weight") in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["timm", "clip"])
+@pytest.mark.parametrize("std", [[0.2, 0, 0.2], [0.2, -1, 0.2], [0.2], "x"])
+def test_a_backbone_whose_preprocessing_divides_by_nothing_is_told(models, tmp_path, kind, std):
+    """Not: lower the learning rate, as the loss would be no number."""
+    folder = tmp_path / "model"
+    shutil.copytree(models[kind], folder)
+    path = folder / ("config.json" if kind == "timm" else "preprocessor_config.json")
+    config = json.loads(path.read_text())
+    config.get("pretrained_cfg", config)["std" if kind == "timm" else "image_std"] = std
+    path.write_text(json.dumps(config))
+    with pytest.raises(BobError) as caught:
+        _ = open_backbone(folder).preprocessing
+    assert str(caught.value).startswith(f"{folder} cannot be loaded as a ")
+
+
+def test_a_buffer_that_is_not_finite_is_told(models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(models["timm"], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[min(name for name in weights if name.endswith("running_mean"))][0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BobError, match="running_mean holds a NaN or an infinity"):
+        features(folder)

@@ -1,5 +1,7 @@
 """Captioners that transformers loads, in the files that Qwen2.5-VL comes in."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
 from bob.errors import BobError
+from bob.models import vlm
 from bob.models.captioner import open_captioner
 from bob.models.vlm import VisionLanguageModel
 from tests.builders import build_captioner
@@ -106,6 +109,33 @@ def test_too_little_memory_is_told_in_one_line(folder, monkeypatch):
     with pytest.raises(BobError, match=r"lower caption.batch_size or caption.image_side$") as told:
         answers(folder, PICTURES, batch_size=3)
     assert f"{folder} with 3 images" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (
+            "{% for i in range(50000) %}{% for j in range(999) %}{% endfor %}{% endfor %}",
+            "ended in",
+        ),
+        ("{{ 'x' * 200000 }}", "it gives more than 100,000 characters"),
+        ("{{ raise_exception('no images') }}", "no images"),
+        ("{{ messages[0]", "unexpected end of template"),
+        ("{{ ''.__class__.__mro__ }}", "is unsafe"),
+    ],
+    ids=["loops", "huge", "raises", "broken", "unsafe"],
+)
+def test_a_chat_template_that_gives_no_question_is_told(
+    folder, tmp_path, monkeypatch, template, told
+):
+    shutil.copytree(folder, tmp_path / "qwen")
+    (tmp_path / "qwen/chat_template.json").write_text(json.dumps({"chat_template": template}))
+    monkeypatch.setattr(vlm, "TEMPLATE_S", 0.05 if told == "ended in" else 60)
+    with pytest.raises(BobError) as caught:
+        answers(tmp_path / "qwen", PICTURES[:1])
+    message = str(caught.value)
+    assert message.startswith(f"caption.model {tmp_path}/qwen: its chat template does not give a")
+    assert told in message
 
 
 def test_the_item_key_has_the_side_and_what_a_model_stands_on(folder):

@@ -1,5 +1,6 @@
 """Mistakes that a later stage would meet stop the first one, and `bob plan`."""
 
+import os
 import shutil
 import subprocess
 
@@ -72,6 +73,28 @@ def test_weights_of_a_variant_alone_are_none(values, tmp_path, part):
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "told_of"),
+    [("pipe", "is no file, but a pipe"), ("link", "is no file, but a broken link"), ("ignore", "")],
+)
+def test_a_model_folder_holds_files_and_nothing_that_hides_them(values, tmp_path, kind, told_of):
+    """DVC would wait at a pipe, and its hash would be of other files than those that are loaded."""
+    backbone = tmp_path / "backbone"
+    shutil.copytree(ROOT / "models/miniature-backbone", backbone)
+    values["classify"]["backbone"] = str(backbone)
+    check(values)
+    odd = backbone / (".dvcignore" if kind == "ignore" else "odd")
+    if kind == "pipe":
+        os.mkfifo(odd)
+    elif kind == "link":
+        odd.symlink_to("nowhere")
+    else:
+        odd.write_text("*.json")
+    assert told(values).startswith(
+        f"classify.backbone: {odd} {told_of or 'hides files from DVC, which would not notice'}"
+    )
+
+
 @pytest.mark.parametrize(("section", "key"), [("caption", "bank"), ("generate", "context")])
 def test_a_prompt_that_the_text_encoder_would_cut_is_named(values, tmp_path, section, key):
     path = "data/contexts/mine.jsonl"
@@ -80,7 +103,7 @@ def test_a_prompt_that_the_text_encoder_would_cut_is_named(values, tmp_path, sec
     values[section][key] = path
     write_jsonl(tmp_path / path, [row])
     check(values)
-    write_jsonl(tmp_path / path, [row, row | {"pose": "on the ground " * 40}])
+    write_jsonl(tmp_path / path, [row, row | {"image": "1", "pose": "on the ground " * 40}])
     message = told(values)
     assert message.startswith(f"{path}: the prompt 'a aircraft photo of a 747-")
     assert "models/miniature-base reads 40; shorten it" in message

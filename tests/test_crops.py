@@ -8,7 +8,8 @@ import torch
 
 from bob.models import training
 from bob.models.crops import cropped, crops_at_once, draw_crop
-from bob.models.preprocessing import Preprocessing, in_threads
+from bob.models.preprocessing import Preprocessing
+from bob.models.threads import in_threads
 from bob.models.training import Labelled, TrainingImages
 from tests.tiny_project import draw
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from ruamel.yaml import YAML
 from scipy.io import savemat
@@ -23,6 +26,7 @@ from bob.cli import cli
 from bob.commands import datasets
 from bob.commands.datasets import BENCHMARKS, dataset
 from bob.errors import BobError
+from bob.formats.files import sha256
 from bob.stages.split import read_dataset
 from tests.tiny_project import tree
 
@@ -223,9 +227,13 @@ def untracked(workspace, monkeypatch):
     return workspace
 
 
+def hashes(files):
+    return {file: sha256(file) for file in files}
+
+
 def listing(folder):
     """What the pipeline reads there: by part and class, the photos' names."""
-    read = read_dataset(folder)
+    read = read_dataset(folder, hashes)
     return {
         part: {
             name: {Path(one.path).name for one in photos}
@@ -263,7 +271,7 @@ def test_a_benchmark_is_read_with_its_official_split_and_names(
     dataset(name, source, Path("data") / name)
 
     assert listing(Path("data") / name) == EXPECTED[name]
-    assert read_dataset(Path("data") / name).descriptor == DESCRIPTORS[name]
+    assert read_dataset(Path("data") / name, hashes).descriptor == DESCRIPTORS[name]
     assert tree(source) == before, "the user's files are copied, never moved"
     assert "2 classes of" in capsys.readouterr().out
     assert not list(Path("data").rglob(".*")), "nothing of the unpacking stays"
@@ -350,6 +358,120 @@ def test_an_archive_cannot_write_outside_its_folder(untracked):
     with tarfile.open(archive, "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("../../../../outside"), io.BytesIO())
     assert "outside the destination" in told("cub", archive)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize("member", ["images/019.Tit/Tit_2.jpg", "images.txt"])
+def test_links_and_pipes_of_an_archive_are_not_made(untracked, monkeypatch, kind, member):
+    """What they stand for is missing then."""
+    (untracked / "private").write_text("of the user")
+    cub = build("cub", untracked / "mine", monkeypatch)
+    (cub / member).unlink()
+    archive = untracked / "CUB_200_2011.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(cub, "CUB_200_2011")
+        link = tarfile.TarInfo(f"CUB_200_2011/{member}")
+        link.type, link.linkname = kind, str(untracked / "private")
+        tar.addfile(link)
+    assert member.rpartition("/")[2] in told("cub", archive)
+
+
+@pytest.mark.parametrize("listed", ["{private}", "../../private", "019.Tit/../../../private"])
+def test_a_list_cannot_name_what_lies_outside(untracked, monkeypatch, listed):
+    (untracked / "private").write_text("of the user")
+    cub = build("cub", untracked, monkeypatch)
+    lines = (cub / "images.txt").read_text().splitlines()
+    write(cub / "images.txt", *lines[:-1], f"5 {listed.format(private=untracked / 'private')}")
+    message = told("cub", cub)
+    assert "private, which the official list of test names, is or leads outside of" in message
+
+
+def test_a_link_cannot_lead_outside(untracked, monkeypatch):
+    (untracked / "private").write_text("of the user")
+    cub = build("cub", untracked, monkeypatch)
+    (cub / "images/019.Tit/Tit_2.jpg").unlink()
+    (cub / "images/019.Tit/Tit_2.jpg").symlink_to(untracked / "private")
+    assert "images/019.Tit/Tit_2.jpg, which the official list of test names" in told("cub", cub)
+
+
+def test_the_users_own_link_to_the_folder_is_followed(untracked, monkeypatch):
+    cub = build("cub", untracked / "mine", monkeypatch)
+    (cub / "images").rename(untracked / "elsewhere")
+    (cub / "images").symlink_to(untracked / "elsewhere")
+    dataset("cub", cub, Path("data/cub"))
+    assert listing(Path("data/cub")) == EXPECTED["cub"]
+
+
+def test_two_photos_of_one_name_are_both_kept(untracked, monkeypatch):
+    cub = build("cub", untracked, monkeypatch)
+    lines = (cub / "images.txt").read_text().replace("Catbird_3.jpg", "more/Catbird_1.jpg")
+    (cub / "images.txt").write_text(lines)
+    photo(cub / "images/018.Spotted_Catbird/more/Catbird_1.jpg")
+    dataset("cub", cub, Path("data/cub"))
+    read = listing(Path("data/cub"))
+    assert read["train"]["Spotted Catbird"] == {"Catbird_1.jpg", "Catbird_1-2.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("name", "told_of"),
+    [
+        ("018.\x00", r"name a class '\x00'"),
+        ("018.___", "name a class ''"),
+        (f"018.{'x' * 300}", "name a class 'xxx"),
+        ("018.\u202e", r"name a class '\u202e'"),
+        ("018.T\u0131t", None),
+        ("018.TI\u0301T", "two"),
+    ],
+)
+def test_a_class_of_a_list_is_one_that_split_reads(untracked, monkeypatch, name, told_of):
+    cub = build("cub", untracked, monkeypatch)
+    other = "019.T\u00cdT" if told_of == "two" else "019.Tit"
+    write(cub / "classes.txt", f"1 {name}", f"2 {other}")
+    if told_of is None:
+        dataset("cub", cub, Path("data/cub"))
+        assert "T\u0131t" in listing(Path("data/cub"))["train"]
+    else:
+        assert ("spell one class twice" if told_of == "two" else told_of) in told("cub", cub)
+
+
+def test_a_bomb_is_not_unpacked(untracked, monkeypatch):
+    cub = build("cub", untracked / "mine", monkeypatch)
+    archive = pack(untracked / "CUB_200_2011.tgz", cub.parent, "CUB_200_2011")
+    monkeypatch.setattr(datasets, "FILES", 5)
+    assert "it unpacks to over 20,000,000,000 bytes or 5 files" in told("cub", archive)
+    monkeypatch.setattr(datasets, "FILES", 999)
+    monkeypatch.setattr(datasets, "UNPACKED", 1000)
+    assert "it unpacks to over 1,000 bytes or 999 files" in told("cub", archive)
+    monkeypatch.setattr(datasets, "LIST", 20)
+    assert "images.txt has more than 20 bytes" in told("cub", cub)
+
+
+def test_a_pipe_is_no_source(untracked):
+    os.mkfifo(untracked / "pipe")
+    assert told("cub", untracked / "pipe").startswith(f"{untracked}/pipe is neither a folder nor")
+
+
+@settings(
+    max_examples=40,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(file=st.sampled_from(("classes.txt", "images.txt", "train_test_split.txt")), data=st.data())
+def test_whatever_a_list_holds_is_one_line_or_a_dataset(untracked, monkeypatch, file, data):
+    for folder in ("data", "CUB_200_2011"):
+        shutil.rmtree(untracked / folder, ignore_errors=True)
+    cub = build("cub", untracked, monkeypatch)
+    content = (cub / file).read_bytes()
+    place = data.draw(st.integers(0, len(content)))
+    (cub / file).write_bytes(content[:place] + data.draw(st.binary(max_size=9)) + content[place:])
+    try:
+        dataset("cub", cub, Path("data/cub"))
+    except BobError as error:
+        assert "\n" not in str(error)
+        assert not any(Path("data").iterdir())
+    else:
+        assert read_dataset(Path("data/cub"), hashes).train
 
 
 def test_the_folder_has_to_be_free_and_in_data(untracked):

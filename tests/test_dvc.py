@@ -1,5 +1,6 @@
 """What bob relies on in DVC's insides: where DVC moves something, these fail first."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,8 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from dvc.repo import Repo
 
+from bob.cli import cli
+from bob.commands import check as commands
+from bob.commands.check import check_objects
 from bob.dvc import experiments, remote
 from bob.dvc.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE, Forecast
 from bob.dvc.locks import release_dead
@@ -18,7 +23,7 @@ from bob.dvc.pipeline import CHANGED, MISSING, NEW, UNCACHED, Pipeline
 from bob.dvc.repository import open_repository
 from bob.dvc.store import ObjectStore, copy_file
 from bob.errors import BobError
-from tests.dvc_project import environment, run
+from tests.dvc_project import environment, link_as_here, run
 
 PIPELINE = """\
 stages:
@@ -118,6 +123,179 @@ def test_a_copy_is_no_link(tmp_path):
     copy_file(str(tmp_path / "a"), str(tmp_path / "b"))
     assert (tmp_path / "b").read_text() == "a"
     assert (tmp_path / "b").stat().st_ino != (tmp_path / "a").stat().st_ino
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+
+def inode(path):
+    return Path(path).stat().st_ino
+
+
+def link_of(oid):
+    with ObjectStore() as store:
+        return store.path(oid)
+
+
+@pytest.fixture
+def linked(repository):
+    """Two photos and their copy that DVC has been given, a photo that it has not."""
+    link_as_here()
+    for name in ("photos/one", "photos/two", "loose/own"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(name)
+    with Repo() as repo:
+        repo.add("photos")
+    return repository
+
+
+def write_in_place(path):
+    """As root may, though the file is read-only."""
+    Path(path).chmod(0o644)
+    with Path(path).open("r+b") as file:
+        file.write(b"PHOTO")
+    Path(path).chmod(0o444)
+
+
+def copy(folder, **names):
+    with ObjectStore() as store:
+        store.copy({Path(folder, old): Path(new) for old, new in names.items()})
+
+
+def test_what_dvc_tracks_lies_once_on_the_disk_and_is_read_only(linked):
+    for name in ("photos/one", "photos/two"):
+        assert inode(name) == inode(link_of(md5(name.encode())))
+        assert Path(name).stat().st_mode & 0o222 == 0
+    copy("photos", one="copied", two="copied_too")
+    assert inode("copied") == inode("photos/one") and inode("copied_too") == inode("photos/two")
+
+
+def test_an_output_is_linked_once_it_is_committed(linked):
+    set_size(5)
+    for _ in range(2):  # also where its object is there already
+        with Repo() as repo:
+            repo.reproduce(force=True)
+        assert inode("out/a") == inode(link_of(md5(b"abcde")))
+
+
+def test_what_dvc_does_not_track_is_copied_though_it_is_read_only(linked):
+    with ObjectStore() as store:
+        store.add(md5(b"loose/own"), b"loose/own")  # also where an object has this content
+    Path("loose/own").chmod(0o444)
+    copy("loose", own="copied")
+    assert Path("copied").read_text() == "loose/own"
+    assert inode("copied") not in (inode("loose/own"), inode(link_of(md5(b"loose/own"))))
+    Path("copied").write_text("writable")
+    assert Path("loose/own").read_text() == "loose/own"
+
+
+def test_a_link_that_leads_to_a_file_is_copied_as_the_file(linked):
+    Path("loose/link").symlink_to("own")
+    copy("loose", link="copied")
+    assert not Path("copied").is_symlink() and Path("copied").read_text() == "loose/own"
+
+
+def test_where_no_link_can_be_made_a_tracked_file_is_copied(linked, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("dvc_objects.fs.local.LocalFileSystem.hardlink", refuse)
+    monkeypatch.setattr("dvc_objects.fs.local.LocalFileSystem.symlink", refuse)
+    copy("photos", one="copied")
+    assert Path("copied").read_text() == "photos/one" and inode("copied") != inode("photos/one")
+
+
+def on_disk():
+    """Bytes of all files in the workspace and of all objects that are no list of files."""
+    files = [path for path in Path().rglob("*") if path.is_file() and ".dvc" not in path.parts]
+    files += [path for path in Path(".dvc/cache/files/md5").rglob("*") if path.suffix != ".dir"]
+    found = [path.lstat() for path in files if path.is_file() and path.suffix != ".dvc"]
+    return sum({one.st_ino: one.st_size for one in found}.values())
+
+
+@pytest.mark.parametrize("kinds", [None, "copy", "reflink,hardlink", "hardlink,symlink", "symlink"])
+def test_what_copies_will_add_on_the_disk_is_known_before(repository, monkeypatch, kinds):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOTSUP, "no reflinks")
+
+    monkeypatch.setattr("dvc_objects.fs.local.LocalFileSystem.reflink", refuse)
+    monkeypatch.setattr("dvc_objects.fs.system.reflink", refuse)
+    with Repo() as repo, repo.config.edit() as config:
+        config["cache"] = {"type": kinds} if kinds else {}
+    for name in ("photos/one", "loose/own"):
+        Path(name).parent.mkdir()
+        Path(name).write_text(name)
+    with Repo() as repo:
+        repo.add("photos")
+    with ObjectStore() as store:
+        assert store.stores_once() == (kinds in ("hardlink,symlink", "symlink"))
+        expected = store.new_bytes([Path("photos/one"), Path("loose/own")])
+        before = on_disk()
+        Path("copied").mkdir()
+        store.copy({Path("photos/one"): Path("copied/1"), Path("loose/own"): Path("copied/2")})
+    with Repo() as repo:
+        repo.add("copied")
+    symlinks = sum(path.lstat().st_size for path in Path("copied").iterdir() if path.is_symlink())
+    assert on_disk() - before - symlinks == expected
+
+
+def test_a_file_system_that_clones_stores_once(repository, monkeypatch):
+    monkeypatch.setattr("dvc_objects.fs.generic.test_links", lambda kinds, *_: kinds)
+    with ObjectStore() as store:
+        assert store.stores_once()
+
+
+def test_a_write_through_a_link_is_named_and_mended(linked, capsys):
+    with Repo() as repo, repo.config.edit() as config:
+        config["remote"]["storage"] = {"url": str(linked / "storage")}
+        config["core"]["remote"] = "storage"
+    with Repo() as repo:
+        repo.push()
+    assert check_objects()
+    assert "all of them whole" in capsys.readouterr().out
+    write_in_place("photos/one")
+    with Repo() as repo:
+        assert "photos.dvc" in repo.status()
+        repo.checkout(force=True)  # which takes a read-only object to be whole
+        assert repo.status() == {}
+    assert not check_objects()
+    first, second = capsys.readouterr().out.splitlines()
+    oid = md5(b"photos/one")
+    assert first.startswith("written to since DVC put it there: photos/one, .dvc/cache/files/md5/")
+    assert "`dvc fetch` and `dvc checkout`" in second
+    with pytest.raises(BobError, match="photos/one is not what DVC has recorded") as caught:
+        copy("photos", one="copied", two="copied_too")
+    assert "\n" not in str(caught.value) and not Path("copied").exists()
+    for path in ("photos/one", link_of(oid)):
+        Path(path).unlink()
+    with Repo() as repo:
+        repo.fetch()
+        repo.checkout()
+    assert check_objects() and Path("photos/one").read_text() == "photos/one"
+
+
+@pytest.mark.parametrize(("stages", "status"), [([], 1), (["audit"], 0)])
+def test_a_check_of_all_stages_fails_where_a_file_was_written_to(
+    linked, monkeypatch, stages, status
+):
+    monkeypatch.setattr(commands, "check", lambda stages, share: True)  # all items are the same
+    assert CliRunner().invoke(cli, ["cache", "check", *stages]).exit_code == 0
+    write_in_place("photos/one")
+    assert CliRunner().invoke(cli, ["cache", "check", *stages]).exit_code == status
+
+
+def test_a_written_file_that_is_added_again_is_what_it_is_now(linked):
+    before = Path("photos.dvc").read_text()
+    write_in_place("photos/one")
+    with Repo() as repo:
+        repo.add("photos")
+    copy("photos", one="copied")
+    assert Path("copied").read_text() == "PHOTOs/one"
+    assert check_objects()
+    Path("photos.dvc").write_text(before)
+    with Repo() as repo:
+        repo.checkout(force=True)
+    assert not check_objects()  # the object of what it was, which an earlier commit names
 
 
 def test_outside_a_repository_one_line_says_so(tmp_path, monkeypatch):

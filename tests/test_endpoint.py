@@ -1,6 +1,7 @@
 """A captioner behind an endpoint: a real HTTP server here, that misbehaves as servers do."""
 
 import base64
+import gzip
 import io
 import itertools
 import json
@@ -70,6 +71,12 @@ class Handler(BaseHTTPRequestHandler):
             server.in_flight -= 1
         if answer is None:
             self.close_connection = True
+            return
+        if isinstance(answer, list):  # raw pieces, a tenth of a second apart
+            self.close_connection = True
+            for piece in answer:
+                self.wfile.write(piece)
+                time.sleep(0.1)
             return
         status, headers, body = answer
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -141,6 +148,51 @@ def test_the_key_is_sent_and_stands_in_no_message(workspace, server, monkeypatch
     assert SECRET not in message
 
 
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ((200, {}, chat(f"my key is {SECRET}")), "its answer holds the OPENAI_API_KEY"),
+        ((400, {}, b"<p>" + SECRET.encode()), "Error code: 400"),
+        ((400, {}, {"error": {"message": f"no {SECRET}"}}), "<OPENAI_API_KEY>"),
+        ((302, {"Location": f"http://elsewhere/?{SECRET}"}, b""), "?<OPENAI_API_KEY>"),
+        ([b"HTTP/1.1 200 " + SECRET.encode() + b"\r\n\r\n\x00"], "it sent no chat completion"),
+        ([SECRET.encode()], "no answer from"),
+    ],
+    ids=["answer", "text", "json", "location", "reason phrase", "no http"],
+)
+def test_a_key_that_the_server_sends_back_goes_nowhere(project, server, capfd, reply, reason):
+    """Neither into the cache nor into an output or a message."""
+    server.reply = lambda asked: reply
+    write_endpoint(url=server.url, model="org/vlm", retries=0)
+    with pytest.raises(BobError) as caught:
+        run_stage()
+    assert reason in str(caught.value)
+    assert SECRET not in str(caught.value) + "".join(capfd.readouterr())
+    files = [path for path in project.rglob("*") if path.is_file()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_a_key_that_python_shows_otherwise_is_masked_too(workspace, server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", r"sk-back\slash")
+    server.reply = lambda asked: [rb"sk-back\slash" + b"\r\n\r\n"]
+    message = told(server, retries=0)
+    assert "<OPENAI_API_KEY>" in message and "back" not in message
+
+
+def test_a_short_key_is_no_secret(workspace, server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sky")
+    assert ask(server) == ["clear sky"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(workspace, server, monkeypatch, status):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    server.reply = lambda asked: (status, {"Location": f"{server.url}/elsewhere"}, b"")
+    message = told(server)
+    assert f"(it redirects to {server.url}/elsewhere); set url there" in message
+    assert len(server.asked) == 1
+
+
 def test_a_server_without_keys_needs_none(workspace, server):
     assert ask(server) == ["clear sky"]
 
@@ -185,6 +237,38 @@ def test_a_server_that_says_nothing_is_asked_again(workspace, server):
     server.replies = [hang]
     assert ask(server, timeout_s=0.5) == ["clear sky"]
     assert len(server.asked) >= 2
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[HEAD + b"\r\n", *[b" "] * 40], [HEAD + b"X: ", *[b"x"] * 40]],
+    ids=["body", "headers"],
+)
+def test_an_answer_that_drips_is_given_up(workspace, server, pieces):
+    """It never is silent for long enough."""
+    server.reply = lambda asked: pieces
+    begun = time.monotonic()
+    assert "(no whole answer came within 2 s)" in told(server, timeout_s=0.2, retries=0)
+    assert time.monotonic() - begun < 3.5
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ((200, {}, chat("sky " * 300_000)), "it sent more than 1,000,000 bytes"),
+        ([HEAD + b"\r\n", *[b" " * 400_000] * 5], "it sent more than 1,000,000 bytes"),
+        ((500, {}, b"x" * 1_000_001), "it sent more than 1,000,000 bytes"),
+        ((200, {"Content-Encoding": "gzip"}, gzip.compress(b" " * 9_999)), "it compressed its"),
+        ((200, {}, b"[" * 100_000), "it sent no chat completion"),
+    ],
+    ids=["long", "without a length", "error", "compressed", "deep"],
+)
+def test_an_answer_that_would_fill_the_memory_is_given_up(workspace, server, reply, reason):
+    server.reply = lambda asked: reply
+    assert reason in told(server, retries=0)
 
 
 def test_it_waits_as_long_as_the_server_says_or_else_longer_each_time(workspace, server):
@@ -259,7 +343,8 @@ def test_of_a_batch_that_fails_the_answers_that_came_are_handed_over(workspace, 
         ('{"url": "http://a/v1", "model": ""}', "the name that the endpoint knows the model by"),
         ('{"url": "http://a/v1", "model": "m", "key": "s"}', "key is not a known key; known here:"),
         ('{"url": "http://a/v1", "model": "m", "timeout_s": 0}', "a number above 0"),
-        ('{"url": "http://a/v1", "model": "m", "retries": -1}', "a whole number from 0"),
+        ('{"url": "http://a/v1", "model": "m", "timeout_s": 1e99}', "a number above 0 to 86400"),
+        ('{"url": "http://a/v1", "model": "m", "retries": -1}', "a whole number from 0 to 1000"),
         ("[]", "the content is []"),
     ],
 )

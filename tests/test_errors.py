@@ -9,12 +9,13 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from bob import failures
-from bob.errors import LINE, NAME, BobError, shown, tell
+from bob.errors import LINE, NAME, BobError, first_line, shown, tell
 from bob.formats.params import schema
 from tests.builders import build_photos
 from tests.conftest import ROOT
@@ -60,6 +61,13 @@ def project(workspace: Path) -> Path:
     build_photos(workspace / "data/two", {"Red_Disc": 6, "Blue_Disc": 6})
     (workspace / "data/two/dataset.yaml").write_text("descriptor: disc\n")
     return workspace
+
+
+@pytest.fixture
+def tracked(project: Path) -> Path:
+    """The same as a DVC repository."""
+    Repo.init(no_scm=True).close()
+    return project
 
 
 # --- the last net --------------------------------------------------------------------------------
@@ -159,14 +167,14 @@ def test_a_file_that_ends_too_early_is_not_taken_for_the_end_of_input(project: P
 
 
 @pytest.mark.parametrize("raised", ["OSError(28, os.strerror(28), 'x')", "KeyboardInterrupt"])
-def test_nothing_half_written_stays(project: Path, raised: str) -> None:
+def test_nothing_half_written_stays(tracked: Path, raised: str) -> None:
     code = (
         "import os, bob.stages.split as stage\n"
         f"def fail(*_): raise {raised}\n"
         "stage.write_task = fail"  # the last that it writes
     )
     assert run(code, "split").returncode in (1, 130)
-    assert list((project / "results").iterdir()) == []
+    assert list((tracked / "results").iterdir()) == []
 
 
 def test_a_gpu_that_is_full_says_what_to_lower() -> None:
@@ -224,11 +232,34 @@ def test_a_reader_that_goes_away_ends_it_quietly(project: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("pl\x1b[31man\u202e",),
+        ("plan", "--\x1b]0;title\x07"),
+        ("plan", "\x1b[31m", "\u2028"),
+        ("predict", "--top", "a\nb\x1b[2J", "x"),
+        ("dataset", "\x1b[31m"),
+    ],
+)
+def test_what_was_typed_wrongly_is_shown_in_one_line(arguments: tuple[str, ...]) -> None:
+    done = run("", *arguments)
+    assert done.returncode == 2
+    *usage, line = done.stderr.split("\n")[:-1]
+    assert line.startswith("Error: ") and line.isprintable()
+    assert all(other.isprintable() for other in usage)
+
+
+def test_an_error_without_a_message_is_called_by_its_class() -> None:
+    assert first_line(ValueError()) == first_line(ValueError(" \n")) == "ValueError"
+    assert first_line(ValueError("\n a\nb")) == "a"
+
+
 # --- printing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_stage_whose_line_cannot_be_printed_has_done_its_work(project: Path) -> None:
+def test_a_stage_whose_line_cannot_be_printed_has_done_its_work(tracked: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = run("", "split", stdout=full.fileno())
     assert done.returncode == 0
@@ -236,7 +267,7 @@ def test_a_stage_whose_line_cannot_be_printed_has_done_its_work(project: Path) -
         "split: warning: its output is written, but what it says is not: "
         f"[Errno {errno.ENOSPC}] No space left on device\n"
     )
-    assert len((project / "results/split/train.jsonl").read_text().splitlines()) == 4
+    assert len((tracked / "results/split/train.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -262,16 +293,16 @@ def test_an_error_that_cannot_be_printed_keeps_its_status(
     assert run(closed, "split").returncode == status
 
 
-def test_letters_that_the_terminal_lacks_are_escapes_and_no_error(project: Path) -> None:
-    (project / "data/two/dataset.yaml").write_text("descriptor: каюта\n", encoding="utf-8")
+def test_letters_that_the_terminal_lacks_are_escapes_and_no_error(tracked: Path) -> None:
+    (tracked / "data/two/dataset.yaml").write_text("descriptor: каюта\n", encoding="utf-8")
     done = run("", "split", environment={"PYTHONIOENCODING": "latin-1"})
     assert done.returncode == 0
     assert "2 classes of \\u043a\\u0430\\u044e\\u0442\\u0430;" in done.stdout
 
 
-def test_a_stages_lines_are_one_each_whatever_is_in_a_name(project: Path) -> None:
+def test_a_stages_lines_are_one_each_whatever_is_in_a_name(tracked: Path) -> None:
     about = 'descriptor: "di\\u2028sc\\e[31m\\u202E"\n'
-    (project / "data/two/dataset.yaml").write_text(about)
+    (tracked / "data/two/dataset.yaml").write_text(about)
     done = run("", "split")
     assert done.stdout == (
         "split: 2 classes of di\\u2028sc\\x1b[31m\\u202e; photos: 4 train, 2 val, 4 test\n"

@@ -12,6 +12,7 @@ from bob.formats import layout
 from bob.formats.files import read_json, write_jsonl
 from bob.formats.params import Params
 from bob.formats.photos import Photo, read_photos, write_photos
+from bob.models.device import device_here
 from bob.stages import classify, evaluate
 from bob.stages.evaluate import accuracy_metrics, shot_groups
 from tests.tiny_project import CLASSES, classify_params, make_project, tree
@@ -117,7 +118,9 @@ def test_the_stage_writes_scalars_only_and_plots_data_that_agree_with_them(
     first = tree(layout.EVALUATE), layout.ACCURACY_METRICS.read_bytes()
     evaluate.run(NO_PARAMS)
     assert first == (tree(layout.EVALUATE), layout.ACCURACY_METRICS.read_bytes())
-    assert capfd.readouterr().out.splitlines()[-1].startswith("evaluate: top-1 on 9 test photos")
+    last_line = capfd.readouterr().out.splitlines()[-1]
+    assert last_line.startswith("evaluate: top-1 on 9 test photos")
+    assert last_line.endswith(f", on {device_here()}")
 
     metrics = read_json(layout.ACCURACY_METRICS)
     for variant in ("real_only", "real_and_synthetic"):

@@ -28,6 +28,7 @@ from bob.cli import cli
 from bob.dvc.repository import translated
 from bob.errors import UNUSABLE, BobError
 from bob.models import captioner, endpoint, sampling, vlm
+from bob.stages import split
 from tests.conftest import ROOT
 from tests.test_pipeline import imported_modules
 
@@ -659,6 +660,10 @@ def test_the_code_in_a_key_is_the_code_that_makes_the_item(module):
     assert set(module.MADE_BY) == imported - set(DECIDES_NOTHING)
 
 
+def test_that_a_photo_is_readable_is_said_by_the_code_that_opens_it():
+    assert set(split.MADE_BY) == imported_modules("formats.photos") - set(DECIDES_NOTHING)
+
+
 def test_a_captioner_is_made_by_its_own_code_and_by_that_of_either_kind():
     either = {*captioner.MADE_BY, *endpoint.MADE_BY, *vlm.MADE_BY}
     assert either == imported_modules("models.captioner") - set(DECIDES_NOTHING)
@@ -747,7 +752,7 @@ def test_a_list_that_is_none_is_told_with_its_line(repository):
         + json.dumps({"recipe": "../../x", "maker": "0" * 64, "md5": "0" * 32})
         + "\n"
     )
-    with pytest.raises(BobError, match=r"test\.jsonl, line 11: not an item"):
+    with pytest.raises(BobError, match=r"test\.jsonl, line 11: recipe is .*; allowed: 64 hex"):
         read_items(path)
     assert invoke("cache", "adopt")[0] == 1
     shutil.rmtree("results")

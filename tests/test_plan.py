@@ -14,9 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import CLIPTextConfig
 
 from bob.cli import cli
-from bob.commands.plan import duration, forecast_of, metric, networks, project_of, to_do
+from bob.commands.plan import (
+    duration,
+    forecast_of,
+    metric,
+    networks,
+    notes,
+    project_of,
+    to_do,
+)
 from bob.commands.plan.shapes import measure
-from bob.commands.plan.work import STAGES
+from bob.commands.plan.work import STAGES, Work
 from bob.dvc.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE
 from bob.dvc.pipeline import Pipeline
 from bob.errors import BobError
@@ -191,6 +199,23 @@ def test_what_the_run_cache_has_is_restored(project):
     states, _ = planned()
     assert {states["generate"], states["classify"]} == {RESTORED}
     assert restored(dvc(project, "repro", "classify")) == {"generate", "classify"}
+
+
+@pytest.mark.slow
+def test_an_output_that_dvc_does_not_link_is_twice_on_the_disk(project):
+    set_params(project, {"generate": {"images_per_class": 5}, "data": {"shots": 3}})
+    _, once = planned()
+    assert once["split"].disk == 0  # photos of the stage draw, which are linked
+    assert "disk: twice" not in command()[1]
+    dvc(project, "config", "--local", "cache.type", "copy")
+    try:
+        _, twice = planned()
+        assert "disk: twice, in the workspace and in DVC's cache" in command()[1]
+    finally:
+        dvc(project, "config", "--local", "--unset", "cache.type")
+    photos = project / "data/miniature"
+    assert 0 < twice["split"].disk < sum(path.stat().st_size for path in photos.rglob("*.png"))
+    assert twice["generate"].disk == 2 * once["generate"].disk > 0
 
 
 @pytest.mark.slow
@@ -451,6 +476,25 @@ def test_an_unknown_gpu_is_one_line():
         gpus.choose("h10")
     with pytest.raises(BobError, match=r"known are h100, "):
         gpus.choose("xyz")
+
+
+def test_a_plan_says_where_its_share_of_the_peak_is_from(tmp_path, monkeypatch):
+    """Measured of the kind of work that it is, and else assumed."""
+    assert "of the TFLOP/s 35% is assumed to be reached" in notes._shares(gpus.choose("l4"))
+    monkeypatch.chdir(tmp_path)
+    gpus.RESULTS.mkdir(parents=True)
+    shares = {"generate": {"bf16": 0.14, "fp32": 0.7}, "classify": {"bf16": 0.07}}
+    measured = {"gpu": "NVIDIA L4", "date": "2026-11-26", "shares": shares}
+    (gpus.RESULTS / "nvidia-l4.json").write_text(json.dumps(measured))
+    l4 = gpus.choose("l4")
+    assert notes._shares(l4) == (
+        "of the TFLOP/s reached, measured on NVIDIA L4, 2026-11-26, bench/results/nvidia-l4.json: "
+        "generate 14% in bf16, generate 70% in fp32, classify 7% in bf16; 35% is assumed of other "
+        "work"
+    )
+    flops = {"bf16": 121e12}
+    for kind, seconds in (("generate", 1 / 0.14), ("classify", 1 / 0.07), ("", 1 / 0.35)):
+        assert Work("", flops=flops, kind=kind).seconds(l4) == pytest.approx(seconds)
 
 
 def test_time_follows_precision_and_numbers_have_units():

@@ -323,6 +323,75 @@ def test_a_model_that_is_none_is_one_line(photo: Path, workspace: Path) -> None:
     assert "results/export/classifier.onnx is missing; `dvc repro export` makes it" in done.stderr
 
 
+GOOD = {
+    "size": [8, 8],
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.2, 0.2, 0.2],
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+
+
+def save_model(
+    path: str, classes: object, how: object, sides: tuple[object, ...] = ("h", "w")
+) -> str:
+    """A network of two logits, with this metadata; its input has these sides."""
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, *sides])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 2])
+    nodes = [
+        helper.make_node("ReduceMean", ["image"], ["means"], axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["means", "weight"], ["logits"]),
+    ]
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [3, 2], [1, 0, 0, 1, 0, 0])
+    graph = helper.make_graph(nodes, "two", [image], [logits], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    said = {"classes": json.dumps(classes), "preprocessing": json.dumps(how)}
+    helper.set_model_props(model, said)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("classes", "changed"),
+    [
+        ("ab", {}),
+        ({"a": 0, "b": 1}, {}),
+        (["a", 7], {}),
+        (["a"], {}),
+        (["a", "b", "c"], {}),
+        (None, {}),
+        (["a", "b"], {"size": [8]}),
+        (["a", "b"], {"size": [8, 0]}),
+        (["a", "b"], {"size": [8, 10**9]}),
+        (["a", "b"], {"size": 8}),
+        (["a", "b"], {"crop_pct": 0}),
+        (["a", "b"], {"crop_pct": 1e-9}),
+        (["a", "b"], {"crop_pct": "x"}),
+        (["a", "b"], {"std": [0.2, 0, 0.2]}),
+        (["a", "b"], {"mean": [0.5]}),
+        (["a", "b"], {"mean": ["x", "y", "z"]}),
+        (["a", "b"], {"interpolation": 3}),
+        (["a", "b"], {"crop_mode": []}),
+    ],
+)
+def test_metadata_of_another_kind_is_one_line(
+    photo: Path, workspace: Path, classes: object, changed: dict[str, object]
+) -> None:
+    assert predict("--model", save_model("m.onnx", ["a", "b"], GOOD), photo).exit_code == 0
+    done = predict("--model", save_model("m.onnx", classes, {**GOOD, **changed}), photo)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: m.onnx was not exported by bob: its metadata")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_network_that_takes_no_such_images_is_one_line(photo: Path, workspace: Path) -> None:
+    done = predict("--model", save_model("m.onnx", ["a", "b"], GOOD, sides=(9, 9)), photo)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: m.onnx cannot be run (")
+    assert done.stderr.count("\n") == 1
+
+
 def test_photos_come_from_folders_globs_and_a_list_in_order(
     project: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,10 @@ def test_a_users_contexts_are_read_and_mistakes_named(tmp_path):
     write_jsonl(path, [{"background": " snow ", "pose": "standing", "class": "Wren"}])
     assert read_contexts(path) == [Context("snow", "standing")]
     for content, told in (
-        ('{"background": "snow"}', "line 1: a context needs"),
+        ('\n{"background": "snow"}', "line 2: pose is missing; allowed: a text that is not blank"),
+        ('{"background": "snow", "pose": null}', "line 1: pose is null; allowed: a text"),
+        ('{"background": 7, "pose": "standing"}', "line 1: background is 7; allowed: a text"),
+        ('{"background": "snow", "pose": " \u2003"}', "line 1: pose is"),
         ("snow", "line 1: not JSON"),
         ("", "holds no context"),
     ):

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from bench import finetune_speed, generate_speed, speed
+from bench import finetune_speed, generate_speed, reading, speed
 from tests.builders import build_text_to_image
 from tests.conftest import ROOT
 
@@ -53,11 +54,26 @@ def test_utilisation_is_of_the_peak_in_the_precision_computed_in(monkeypatch, ca
         assert f" {share} of peak" in capsys.readouterr().out
 
 
+def test_reading_is_measured_of_every_stage_that_reads_images():
+    threads = torch.get_num_threads()
+    try:
+        result = CliRunner().invoke(
+            reading.main, ["--images", "4", "--side", "64", "--photo-side", "80"]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    told = result.output
+    assert all(name in told for name in ("split", "caption", "finetune", "audit", "evaluate"))
+    assert told.count("classify") == 2
+
+
 @pytest.mark.slow
 def test_the_scripts_need_no_dvc():
     """A machine with a GPU that has torch and diffusers need have no more."""
     code = (
-        "import sys, bench.finetune_speed, bench.generate_speed;"
+        "import sys, bench.finetune_speed, bench.generate_speed, bench.gpu, bench.gpu_diffusion,"
+        "bench.gpu_captioner;"
         "print([name for name in ('dvc', 'dvclive', 'jsonschema', 'timm') if name in sys.modules])"
     )
     told = subprocess.run(

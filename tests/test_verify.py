@@ -1,5 +1,6 @@
 """`bob verify` on the real stages, and on stages that have been made to lie."""
 
+import os
 import shlex
 import shutil
 import sys
@@ -13,6 +14,7 @@ from ruamel.yaml import YAML
 
 from bob.cli import STAGES, cli
 from bob.commands import verify
+from bob.errors import BobError
 from tests.dvc_project import dvc, make_project, run
 
 
@@ -130,7 +132,7 @@ def test_stages_are_verified_in_the_order_in_which_they_run(project):
     assert status == 0
     assert lines == [
         "draw: clean (5 dependencies)",
-        "split: clean (7 dependencies)",
+        "split: clean (21 dependencies)",
         "stages: 2, findings: 0",
     ]
 
@@ -180,7 +182,7 @@ def test_a_read_is_to_be_declared(project, reader):
     declare(project, deps=[path])
     assert verified("split") == (
         0,
-        ["split: clean (8 dependencies)", "stages: 1, findings: 0"],
+        ["split: clean (22 dependencies)", "stages: 1, findings: 0"],
     )
 
 
@@ -330,6 +332,106 @@ def test_mistakes_are_told_in_one_line(project):
         1,
         ["Error: params.yaml has no data.nmae; remove it from stages.split.params"],
     )
+
+
+def change(project, stage="split", **entry):
+    """Set what `dvc.yaml` has for `stage`."""
+    yaml = YAML()
+    pipeline = yaml.load((project / "dvc.yaml").read_text())
+    pipeline["stages"][stage].update(entry)
+    with (project / "dvc.yaml").open("w") as file:
+        yaml.dump(pipeline, file)
+
+
+def error(stage="split"):
+    status, lines = verified(stage)
+    assert status == 1 and len(lines) == 1, lines
+    return lines[0].removeprefix("Error: ")
+
+
+@pytest.mark.parametrize("kind", ["outs", "deps"])
+def test_nothing_outside_the_project_is_copied_or_written(project, kind):
+    """An absolute output was removed from its place once, as DVC does before it runs a stage."""
+    mine = project.parent / "mine.txt"
+    mine.write_text("of the user")
+    declare(project, **{kind: [{str(mine): {"cache": False}} if kind == "outs" else str(mine)]})
+    assert error().startswith(f"dvc.yaml: stages.split names {mine}, which is not a path in the")
+    assert mine.read_text() == "of the user"
+    assert sorted(one.name for one in project.parent.iterdir()) == ["mine.txt", "project"]
+
+
+@pytest.mark.parametrize(
+    ("path", "inside"),
+    [
+        ("data/a", True),
+        ("a/../b", True),
+        ("..a", True),
+        ("/etc/passwd", False),
+        ("..", False),
+        ("../a", False),
+        ("data/../../a", False),
+        (".", False),
+        ("s3://bucket/a", False),
+    ],
+)
+def test_what_is_in_the_project(path, inside):
+    assert verify._is_inside(path) == inside
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m bob split && touch x",
+        "python -m bob split; true",
+        "python -m bob split > log",
+        "python -m bob split $(touch x)",
+        "python -m bob split\ntrue",
+        "python -m bob 'split",
+        "['python -m bob split', 'true']",
+        "true",
+    ],
+)
+def test_a_command_of_several_parts_is_told(command):
+    with pytest.raises(BobError, match=r"^stages\.x\.cmd is not one `python -m bob"):
+        verify._arguments(command, "stages.x")
+    assert verify._arguments("python -m bob split", "stages.x") == ("split",)
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"meta": {"optional_deps": 5}}, "stages.split.meta: optional_deps is 5; allowed: a list"),
+        ({"meta": 5}, "stages.split.meta: the content is 5; allowed: a mapping"),
+        (
+            {"outs": [{"results/split": {"meta": {"deterministic": "no"}}}]},
+            'stages.split.outs.results/split.meta: deterministic is "no"; allowed: true or false',
+        ),
+        ({"wdir": "data"}, "stages.split has a wdir"),
+        ({"params": [{"other.yaml": ["a"]}]}, "stages.split.params names other.yaml; bob reads"),
+        ({"deps": 5}, "validation failed; `dvc status` shows where"),
+    ],
+)
+def test_an_entry_that_cannot_be_verified_is_told(project, entry, told):
+    change(project, **entry)
+    assert told in error()
+
+
+def test_a_schema_that_is_broken_is_told(project):
+    (project / "bob/formats/params.schema.json").write_text("{")
+    assert "params.schema.json: not JSON" in error()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_is_no_file_among_the_dependencies_is_told(project, kind):
+    odd = project / "data/miniature/odd"
+    os.mkfifo(odd) if kind == "pipe" else odd.symlink_to("nowhere")
+    assert error().endswith("odd, in data/miniature, is no file and no folder; remove it")
+
+
+def test_bytecode_in_a_folder_that_is_declared_is_not_read(project):
+    run(project, sys.executable, "-m", "compileall", "-q", "bob")
+    declare(project, deps=["bob/stages"])
+    assert verified("split")[0] == 0
 
 
 def names():

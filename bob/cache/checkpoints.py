@@ -31,7 +31,7 @@ class Checkpoint:
     def __init__(self, folder: Path, key: str) -> None:
         if not folder.is_dir():
             folder = node.folder("checkpoints")
-        self._path = folder / f"{key}.pt"
+        self._path, self._key = folder / f"{key}.pt", key
         self._written = time.monotonic()
         for path in folder.iterdir():
             if path != self._path and _days_old(path) > DAYS_KEPT:
@@ -40,7 +40,11 @@ class Checkpoint:
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last, tensors on the CPU; None where there is none to read."""
         try:
-            return torch.load(self._path, map_location="cpu", weights_only=True)
+            saved = torch.load(self._path, map_location="cpu", weights_only=True)
+            if saved["key"] != self._key:  # a copy under another's name, whose weights do not fit
+                raise ValueError("it is of another run")
+            state: dict[str, Any] = saved["state"]
+            return state
         except FileNotFoundError:
             return None
         except Exception as error:  # what a damaged file raises has no common class
@@ -57,7 +61,7 @@ class Checkpoint:
     def save(self, state: dict[str, Any]) -> None:
         """Save the state of the run, tensors and plain values, in one step."""
         with replacing_file(self._path) as draft:
-            torch.save(state, draft)
+            torch.save({"key": self._key, "state": state}, draft)
         self._written = time.monotonic()
 
     def remove(self) -> None:

@@ -335,6 +335,21 @@ class ItemCache:
         """
         self._store.place(oids, paths)
 
+    def copy(self, copies: Mapping[Path, Path]) -> None:
+        """Write files to other places: what is a link to an object is linked again, else copied.
+
+        Raises BobError where an object that a file is linked to was written to.
+        """
+        self._store.copy(copies)
+
+    def stores_once(self) -> bool:
+        """Whether what DVC takes in from the workspace then lies on the disk once, not twice."""
+        return self._store.stores_once()
+
+    def new_bytes(self, files: Iterable[Path]) -> int:
+        """What copies of these files add on the disk, once DVC has taken them in."""
+        return self._store.new_bytes(files)
+
     def content_hash(self, path: Path) -> str:
         """Hash of a folder's files, but for Markdown: a model's card decides nothing.
 
@@ -442,8 +457,11 @@ class ItemCache:
             return location.stat().st_size
         if item.text is not None:
             content = item.text.encode()
-        elif item.file is not None and Path(item.file).is_file():
-            content = Path(item.file).read_bytes()
+        elif item.file is not None:
+            try:
+                content = Path(item.file).read_bytes()
+            except (OSError, ValueError):  # ValueError: of a name that no file can have
+                return None
         else:
             return None
         if md5_of(content) != item.oid:

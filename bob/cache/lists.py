@@ -2,11 +2,25 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bob.errors import BobError
 from bob.formats.files import read_jsonl, write_jsonl
+from bob.formats.params import check
+
+_HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "64 hex digits"}
+ITEM_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["recipe", "maker", "md5"],
+    "properties": {
+        "recipe": _HASH,
+        "maker": _HASH,
+        "md5": {"type": "string", "pattern": "^[0-9a-f]{32}$", "description": "32 hex digits"},
+        "file": {"type": "string"},
+        "text": {"type": "string"},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -42,20 +56,7 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
 
 def read_items(path: Path) -> list[Item]:
     """Read a stage's list of items; raises BobError naming the line that is no item."""
-    items = []
-    for number, line in enumerate(read_jsonl(path), start=1):
-        item = Item(
-            str(line.get("recipe")),
-            str(line.get("maker")),
-            str(line.get("md5")),
-            line.get("file"),
-            line.get("text"),
-        )
-        if not (_is_hex(item.recipe, 64) and _is_hex(item.maker, 64) and _is_hex(item.oid, 32)):
-            raise BobError(f"{path}, line {number}: not an item of a stage, found {line}")
-        items.append(item)
-    return items
-
-
-def _is_hex(text: str, length: int) -> bool:
-    return len(text) == length and not set(text) - set("0123456789abcdef")
+    return [
+        Item(line["recipe"], line["maker"], line["md5"], line.get("file"), line.get("text"))
+        for line in read_jsonl(path, partial(check, rules=ITEM_SCHEMA))
+    ]

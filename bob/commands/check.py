@@ -1,15 +1,41 @@
-"""`bob cache check`: are cached items still what the present code makes?"""
+"""`bob cache check`: are cached items still what the present code makes, and objects whole?"""
 
 import importlib
+import os
 from collections.abc import Sequence
 
 import click
+from tqdm import tqdm
 
 from bob.cache.check import CheckingCache
 from bob.cache.lists import read_items
-from bob.errors import BobError
+from bob.dvc.store import ObjectStore
+from bob.errors import LINE, BobError, shown
 from bob.formats import params
 from bob.formats.layout import ITEMS
+
+
+def check_objects() -> bool:
+    """Hash the objects of all that DVC tracks here; True if all are whole.
+
+    Only those are read that have changed since DVC last did. Prints a line for each that holds
+    other bytes than its name says, and what to do.
+    """
+    with ObjectStore() as store:
+        tracked = store.tracked()
+        damaged = store.damaged(tqdm(tracked, "reading objects", disable=None))
+        for oid in damaged:
+            files = (*tracked[oid], os.path.relpath(store.path(oid)))
+            names = ", ".join(map(str, files))
+            click.echo(shown(f"written to since DVC put it there: {names}", LINE))
+    if damaged:
+        click.echo(
+            "remove all of these files, then `dvc fetch` and `dvc checkout`; what no remote has, "
+            "put there again and `dvc add`, or make with `dvc repro`"
+        )
+    else:
+        click.echo(f"DVC's cache: {len(tracked):,} objects in use here, all of them whole")
+    return not damaged
 
 
 def check(stages: Sequence[str], share: float) -> bool:

@@ -78,6 +78,23 @@ def _plain_weights(of: Params) -> None:
                 )
 
 
+def _whole_folders(of: Params) -> None:
+    """DVC would wait for ever at a pipe, and with a .dvcignore not hash all that is loaded."""
+    for section, key in MODELS:
+        for folder, _, names in os.walk(model_folder(of, section, key), followlinks=False):
+            for path in (Path(folder, name) for name in sorted(names)):
+                if path.name == ".dvcignore":
+                    raise BobError(
+                        f"{section}.{key}: {path} hides files from DVC, which would not notice "
+                        "that they change; remove it"
+                    )
+                if not path.is_file():
+                    raise BobError(
+                        f"{section}.{key}: {path} is no file, but a "
+                        f"{'broken link' if path.is_symlink() else 'pipe or device'}; remove it"
+                    )
+
+
 def _prompts_read_whole(of: Params) -> None:
     tokenizer = Path(of.finetune.base_model) / "tokenizer"
     files: dict[str, Callable[[Path], Iterable[Context | None]]] = {}
@@ -105,6 +122,7 @@ def _prompts_read_whole(of: Params) -> None:
 CHECKS: tuple[Callable[[Params], None], ...] = (
     _whole_parts,
     _fitting_backbone,
+    _whole_folders,
     _plain_weights,
     _prompts_read_whole,
 )

@@ -1,13 +1,14 @@
 """`bob dataset`: a public benchmark with its official split, in bob's layout, tracked by DVC."""
 
+import os
 import shutil
 import tarfile
 import tempfile
-import zlib
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from http.client import HTTPException
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from tqdm import tqdm
 
 from bob.commands.fetch import check_free, track
-from bob.errors import BobError, shown, tell
+from bob.errors import NAME, BobError, shown, tell
 from bob.formats.files import replacing, sha256
 from bob.formats.names import class_name_of, folder_of
 
@@ -27,9 +28,9 @@ Parts = dict[str, list[tuple[Path, str]]]
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
 
-# What damaged archives, lists and connections raise. A URLError is an OSError; torchvision
-# says RuntimeError where it finds nothing.
-_READING = (OSError, RuntimeError, ValueError, LookupError, EOFError, tarfile.TarError, zlib.error)
+# Published archives hold a tenth of that, published lists a thousandth of what is read.
+UNPACKED, FILES, LIST = 20_000_000_000, 1_000_000, 10_000_000  # bytes, files, bytes of a list
+LISTS = (".txt", ".mat")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def dataset(name: str, source: Path | None, folder: Path) -> None:
                 parts = _download(name, benchmark, root)
             else:
                 parts = _read(source, name, benchmark, root)
-            parts = _distinct(parts, root)
+            _check_classes(name, parts)
+            parts = _distinct(parts, root, benchmark)
             _copy(parts, draft)
         _write_about(draft / "dataset.yaml", benchmark.descriptor, parts)
     classes = {class_name for photos in parts.values() for _, class_name in photos}
@@ -170,7 +172,9 @@ def dataset(name: str, source: Path | None, folder: Path) -> None:
 def _download(name: str, benchmark: Benchmark, root: Path) -> Parts:
     try:
         return benchmark.read(root, True)
-    except (*_READING, HTTPException) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of connections, archives and lists, by several libraries
         raise BobError(
             f"{name} could not be downloaded ({_reason(error)}); put {_all(benchmark.files)}, or "
             f"what they hold, into a folder and say: bob dataset {name} --from FOLDER"
@@ -178,10 +182,14 @@ def _download(name: str, benchmark: Benchmark, root: Path) -> Parts:
 
 
 def _read(source: Path, name: str, benchmark: Benchmark, root: Path) -> Parts:
+    if not (source.is_dir() or source.is_file()):
+        raise BobError(f"{source} is neither a folder nor a file; --from names where {name} is")
     try:
         _gather(source, name, benchmark, root)
         return benchmark.read(root, False)
-    except _READING as error:
+    except (BobError, MemoryError):
+        raise
+    except Exception as error:  # damaged archives and lists lead their readers to anything
         reason = _reason(error).replace(f"{root}/", "")
         raise BobError(f"{name} cannot be read from {source}: {reason}") from None
 
@@ -210,15 +218,23 @@ def _gather(source: Path, name: str, benchmark: Benchmark, root: Path) -> None:
                 "hold, in one folder"
             )
         (root / benchmark.folder / entry).symlink_to(found.absolute())
+        for file in (found, *found.glob("*")):
+            if file.suffix in LISTS and file.stat().st_size > LIST:
+                raise ValueError(f"{file.name} has more than {LIST:,} bytes")
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack the plain files of a tar archive; raises ValueError for one that would leave `folder`.
+    """Unpack the plain files of a tar archive; no link of any kind, and no device, is made.
 
-    Not by `extractall`, whose safe filter Python has only since 3.11.4.
+    Raises ValueError for a file that would be outside `folder`, and where there is more than
+    published archives hold. Not by `extractall`, whose safe filter Python has only since 3.11.4.
     """
+    size = 0
     with tarfile.open(archive) as tar:
-        for member in tar:
+        for number, member in enumerate(tar, start=1):
+            size += member.size
+            if size > UNPACKED or number > FILES:
+                raise ValueError(f"it unpacks to over {UNPACKED:,} bytes or {FILES:,} files")
             target = folder / member.name
             if not target.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"{member.name} would be written outside the destination")
@@ -229,18 +245,43 @@ def _unpack(archive: Path, folder: Path) -> None:
                     shutil.copyfileobj(content, file)
 
 
-def _distinct(parts: Parts, root: Path) -> Parts:
+def _check_classes(name: str, parts: Parts) -> None:
+    """Raise BobError for a class that `split` would not read from the folder that is written."""
+    classes = sorted({class_name for photos in parts.values() for _, class_name in photos})
+    spelled: dict[str, str] = {}
+    for class_name in classes:
+        words = unicodedata.normalize("NFC", " ".join(class_name.split()))
+        if not (words and words.isprintable() and len(os.fsencode(folder_of(class_name))) <= NAME):
+            raise BobError(
+                f"{name}: its lists name a class {class_name!r}; a class's name is a line of at "
+                f"most {NAME} letters"
+            )
+        if words in spelled:
+            raise BobError(
+                f"{name}: its lists spell one class twice, {spelled[words]!r} and {class_name!r}"
+            )
+        spelled[words] = class_name
+
+
+def _distinct(parts: Parts, root: Path, benchmark: Benchmark) -> Parts:
     """The parts without the photos whose content another one has; warns of those.
 
     `split` refuses one image in two parts or classes. Test photos have precedence, so that accuracy
-    on test can be compared with what is published. Raises BobError naming a photo that is missing.
+    on test can be compared with what is published. Raises BobError naming a photo that is missing,
+    or lies elsewhere than in the benchmark's entries, wherever a list or a link leads.
     """
+    inside = [(root / benchmark.folder / entry).resolve() for entry in benchmark.entries]
     first: dict[str, Path] = {}
     kept: Parts = {part: [] for part in parts}
     copies = []
     ordered = [(part, *photo) for part in ("test", "val", "train") for photo in parts.get(part, [])]
     for part, photo, class_name in tqdm(ordered, "reading photos", disable=None):
-        listed = photo.relative_to(root)
+        listed = Path(os.path.relpath(photo, root))
+        if not any(photo.resolve().is_relative_to(entry) for entry in inside):
+            raise BobError(
+                f"{listed}, which the official list of {part} names, is or leads outside of "
+                f"{_all(benchmark.entries)}; put a copy of the photo there, or correct the list"
+            )
         if not photo.is_file():
             raise BobError(f"{listed} is missing, which the official list of {part} names")
         other = first.setdefault(sha256(photo), listed)
@@ -254,12 +295,13 @@ def _distinct(parts: Parts, root: Path) -> Parts:
 
 
 def _copy(parts: Parts, folder: Path) -> None:
-    """Copy the photos to `<folder>/<part>/<class folder>/`."""
+    """Copy the photos to `<folder>/<part>/<class folder>/`; the second of a name gets a number."""
     for part, photos in parts.items():
         for photo, class_name in tqdm(photos, f"copying {part}", disable=None):
             copy = folder / part / folder_of(class_name) / photo.name
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(photo, copy)
+            names = (copy.with_stem(f"{photo.stem}-{number}") for number in count(2))
+            shutil.copyfile(photo, next(path for path in chain([copy], names) if not path.exists()))
 
 
 def _write_about(path: Path, descriptor: str, parts: Parts) -> None:

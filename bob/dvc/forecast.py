@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from bob.dvc.pipeline import Pipeline, Stage, is_parameters
 from bob.dvc.repository import translated
 
@@ -68,7 +70,8 @@ class Forecast:
         self.dependencies: dict[str, list[Dependency]] = {}
         """By stage; without parameters."""
         with translated("DVC: "):
-            for stage in pipeline.stages.values():
+            stages = tqdm(pipeline.stages.values(), "asking DVC", leave=False, disable=None)
+            for stage in stages:
                 self.states[stage.name], hashes = self._look_at(stage)
                 in_workspace = self.states[stage.name] == UP_TO_DATE
                 self._outs += [
@@ -112,7 +115,8 @@ class Forecast:
         try:
             # Underscored, but there is no other way to ask the run cache what it would restore.
             run = runs._load(stage)
-        except FileNotFoundError:  # a dependency that is to be restored first
+        except (FileNotFoundError, AssertionError):
+            # A dependency that is to be restored first; a stage that the run cache never takes.
             return RUNS, {}
         if run is None:
             return RUNS, {}

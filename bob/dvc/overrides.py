@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from bob.errors import BobError
+from bob.errors import BobError, first_line
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -45,8 +45,7 @@ def _apply(override: str, file: Path) -> None:
         if not sweeps:
             apply_overrides(str(file), texts)
     except (InvalidArgumentError, OverrideParseException) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise BobError(f"-S {override}: {reason}") from None
+        raise BobError(f"-S {override}: {first_line(error.__cause__ or error)}") from None
     if sweeps:
         raise BobError(
             f"-S {override} stands for several experiments; give one value, or a list as [0,1]"

@@ -7,12 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 from bob.dvc.overrides import read_instead
 from bob.dvc.repository import OnRepository, translated
-from bob.formats.params import PARAMS
+from bob.formats.params import PARAMS, PIPELINE, check
 
 if TYPE_CHECKING:
     from dvc.output import Output
     from dvc.stage import PipelineStage
 
+# What bob reads of `meta`, which DVC leaves to its users.
+META_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "optional_deps": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "a list of paths",
+        }
+    },
+    "description": "a mapping",
+}
+OUT_META_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"deterministic": {"type": "boolean"}},
+    "description": "a mapping",
+}
 NEW, MISSING, CHANGED, UNCACHED = "new", "missing", "changed", "not in the cache"
 
 
@@ -36,6 +53,11 @@ class Stage:
         self.name = stage.name
         self.command = str(stage.cmd)
         self.meta: Mapping[str, Any] = stage.meta or {}
+        where = f"{PIPELINE}: stages.{self.name}"
+        check(f"{where}.meta", self.meta, META_SCHEMA)
+        for out in stage.outs:
+            check(f"{where}.outs.{out.def_path}.meta", out.annot.meta or {}, OUT_META_SCHEMA)
+        self.folder, self.root = Path(stage.wdir), Path(stage.repo.root_dir)
 
     @property
     def deps(self) -> tuple[str, ...]:
@@ -69,7 +91,7 @@ class Stage:
 
     def meta_of(self, out: str) -> Mapping[str, Any]:
         """What stands under `meta` at an output."""
-        return next(one.annot.meta for one in self.dvc.outs if one.def_path == out)
+        return next(one.annot.meta or {} for one in self.dvc.outs if one.def_path == out)
 
     @property
     def command_changed(self) -> bool:

@@ -19,10 +19,14 @@ def translated(prefix: str = "") -> Iterator[None]:
     """Raise DVC's own errors, and those of its databases, as a BobError of one line."""
     from dvc.dirs import site_cache_dir
     from dvc.exceptions import DvcException
+    from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
     from scmrepo.exceptions import SCMError
 
     try:
         yield
+    except (YAMLSyntaxError, YAMLValidationError) as error:
+        said = " ".join(str(error).split())
+        raise BobError(f"{prefix}{said}; `dvc status` shows where") from None
     except (DvcException, SCMError) as error:
         raise BobError(f"{prefix}{' '.join(str(error).split())}") from None
     except sqlite3.Error as error:

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -147,8 +147,13 @@ def read_json(path: Path) -> Any:
     return _parsed(_read(path), str(path))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; raises BobError naming the file and the line that is no JSON object."""
+def read_jsonl(
+    path: Path, check: Callable[[str, dict[str, Any]], None] | None = None
+) -> list[dict[str, Any]]:
+    """Read JSON lines; raises BobError naming the file and the line that is no JSON object.
+
+    `check`, called with "<path>, line <n>" and the object, may raise one, too.
+    """
     rows = []
     # Not by `splitlines`: a class's name may hold what that takes for the end of a line.
     for number, line in enumerate(_read(path).split("\n"), start=1):
@@ -158,6 +163,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         row = _parsed(line, where)
         if not isinstance(row, dict):
             raise BobError(f"{where}: a JSON object was expected, found {shown(line, 40)}")
+        if check is not None:
+            check(where, row)
         rows.append(row)
     return rows
 

@@ -6,13 +6,35 @@ the image, each other key a column.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from bob.errors import BobError
 from bob.formats.files import read_jsonl, write_jsonl
 from bob.formats.layout import GENERATED
+from bob.formats.params import check
 from bob.formats.prompts import Context
+
+_WORDS = {"anyOf": [{"type": "string"}, {"const": None}]}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["class", "background", "pose", "prompt", "seed", "file_name", "recipe"],
+    "properties": {
+        "class": {"type": "string"},
+        "background": _WORDS,
+        "pose": _WORDS,
+        "prompt": {"type": "string"},
+        "seed": {"type": "integer"},
+        "file_name": {
+            "type": "string",
+            "pattern": r"^(?!/)(?!(.*/)?\.\.(/|$))(.*/)?\d+\.\w+$",
+            "description": "<folder>/<number>.<suffix>, in the manifest's folder",
+        },
+        "recipe": {"type": "string"},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -56,20 +78,17 @@ def write_manifest(path: Path, images: Iterable[Generated]) -> None:
 
 def read_manifest(path: Path = GENERATED) -> list[Generated]:
     """Read the manifest; an empty one is a generated set without images."""
-    try:
-        return [
-            Generated(
-                row["class"],
-                None if row["background"] is None else Context(row["background"], row["pose"]),
-                row["prompt"],
-                row["seed"],
-                row["file_name"],
-                row["recipe"],
-            )
-            for row in read_jsonl(path)
-        ]
-    except KeyError as error:
-        raise BobError(f"{path}: an image has no {error}; `dvc repro generate` makes it") from None
+    return [
+        Generated(
+            row["class"],
+            None if row["background"] is None else Context(row["background"], row["pose"]),
+            row["prompt"],
+            row["seed"],
+            row["file_name"],
+            row["recipe"],
+        )
+        for row in read_jsonl(path, partial(check, rules=SCHEMA))
+    ]
 
 
 def check_files(path: Path) -> None:

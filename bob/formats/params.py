@@ -86,8 +86,31 @@ def load(file: Path = PARAMS) -> dict[str, Any]:
 
 def for_stage(stage: str) -> Params:
     """The validated parameters that `stage` declares in `dvc.yaml`, and no others."""
-    declared = read_yaml(PIPELINE)["stages"][stage].get("params", [])
+    pipeline = read_yaml(PIPELINE)
+    check(PIPELINE, pipeline, _pipeline_rules(stage))
+    declared = pipeline["stages"][stage].get("params", [])
     return Params(select(load(), declared, stage), stage)
+
+
+def _pipeline_rules(stage: str) -> dict[str, Any]:
+    """The JSON schema of as much of `dvc.yaml` as a stage reads; DVC has one of all of it."""
+    keys = {
+        "type": "array",
+        "items": {"type": "string"},
+        "description": f"a list of keys of {PARAMS}",
+    }
+    entry = {
+        "type": "object",
+        "properties": {"params": keys},
+        "description": "the stage, as DVC describes it",
+    }
+    stages = {
+        "type": "object",
+        "required": [stage],
+        "properties": {stage: entry},
+        "description": "a mapping of stages",
+    }
+    return {"type": "object", "required": ["stages"], "properties": {"stages": stages}}
 
 
 def replace(changes: Mapping[str, Any]) -> None:
@@ -150,8 +173,11 @@ def select(values: Mapping[str, Any], keys: Iterable[str], stage: str) -> dict[s
     return selected
 
 
-def check(path: Path, values: Any, rules: Mapping[str, Any]) -> None:
-    """Check the content of the file at `path` against a JSON schema; raises BobError."""
+def check(path: Path | str, values: Any, rules: Mapping[str, Any]) -> None:
+    """Check the content of the file at `path` against a JSON schema; raises BobError.
+
+    `path` may say more of where it stands: "<path>, line <n>".
+    """
     errors = list(_Validator(rules).iter_errors(values))
     if errors:
         # A misspelt key is also a missing one; the misspelling is what the user wants to hear of.

@@ -3,19 +3,38 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bob.errors import BobError, shown
 from bob.formats.files import read_json, read_jsonl, write_json, write_jsonl
 from bob.formats.layout import CLASSES
+from bob.formats.params import check
 
 # Pillow's others are not asked, whatever a file is called: that for EPS starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 # Grey of 16 or 32 bits, or of floats, which Pillow would cut off at 255: most of it is white then.
 DEEP = ("I", "F")
+
+_TEXT = {"type": "string", "pattern": r"\S", "description": "a text that is not blank"}
+_PHOTO = {"path": _TEXT, "class_name": _TEXT, "sha256": {"type": "string"}}
+PHOTO_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": list(_PHOTO),
+    "additionalProperties": False,
+    "properties": _PHOTO,
+}
+TASK_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["descriptor", "classes"],
+    "properties": {
+        "descriptor": _TEXT,
+        "classes": {"type": "array", "items": _TEXT, "description": "a list of names"},
+    },
+}
 
 T = TypeVar("T")
 
@@ -49,10 +68,7 @@ def write_photos(path: Path, photos: Sequence[Photo]) -> None:
 
 def read_photos(path: Path) -> list[Photo]:
     """Read a split's manifest; an empty one is a split without images."""
-    try:
-        return [Photo(**row) for row in read_jsonl(path)]
-    except TypeError as error:
-        raise BobError(f"{path}: not a manifest of photos ({error})") from None
+    return [Photo(**row) for row in read_jsonl(path, partial(check, rules=PHOTO_SCHEMA))]
 
 
 def write_task(path: Path, task: Task) -> None:
@@ -63,10 +79,8 @@ def write_task(path: Path, task: Task) -> None:
 def read_task(path: Path = CLASSES) -> Task:
     """Read the descriptor and the class names."""
     value = read_json(path)
-    try:
-        return Task(value["descriptor"], tuple(value["classes"]))
-    except (KeyError, TypeError):
-        raise BobError(f"{path}: no descriptor and classes; `dvc repro split` makes it") from None
+    check(path, value, TASK_SCHEMA)
+    return Task(value["descriptor"], tuple(value["classes"]))
 
 
 def open_image(path: str | Path) -> Image.Image:

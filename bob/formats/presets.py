@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bob.formats.params import PARAMS, check, read_yaml, schema
+from bob.formats.params import check, load, read_yaml, schema
 
 PRESETS = Path("experiments/presets.yaml")
 
@@ -47,7 +47,7 @@ def overridden(
 
     Raises BobError naming `where` for what `params.yaml` does not allow.
     """
-    values: dict[str, Any] = deepcopy(dict(params or read_yaml(PARAMS)))
+    values: dict[str, Any] = deepcopy(dict(params or load()))
     for key, value in overrides.items():
         section, _, name = key.partition(".")
         values.setdefault(section, {})[name] = value

@@ -2,12 +2,35 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bob.errors import BobError
 from bob.formats.files import read_jsonl, write_jsonl
+from bob.formats.params import check
 
 ATTRIBUTES = ("background", "pose")
+
+_TEXT = {"type": "string", "pattern": r"\S", "description": "a text that is not blank"}
+CONTEXT_SCHEMA: dict[str, Any] = {  # other keys are let be
+    "type": "object",
+    "required": list(ATTRIBUTES),
+    "properties": dict.fromkeys(ATTRIBUTES, _TEXT),
+}
+_NO_CONTEXT = {key: {"const": None} for key in ATTRIBUTES}
+BANK_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["image", "class", *ATTRIBUTES],
+    "properties": {
+        "image": {**_TEXT, "description": "the SHA-256 of a photo"},
+        "class": _TEXT,
+        **{key: {"anyOf": [_TEXT, {"const": None}]} for key in ATTRIBUTES},
+    },
+    # Both or none: half a context is no prompt.
+    "if": {"properties": _NO_CONTEXT},
+    "else": {"properties": dict.fromkeys(ATTRIBUTES, _TEXT)},
+}
 
 QUESTION = (
     "describe the {attribute} of the {descriptor} in as few words as possible. "
@@ -63,18 +86,23 @@ def write_bank(path: Path, entries: Iterable[Entry]) -> None:
 
 
 def read_bank(path: Path) -> list[Entry]:
-    """Read the caption bank."""
-    try:
-        return [
-            Entry(
-                row["image"],
-                row["class"],
-                None if row["background"] is None else Context(row["background"], row["pose"]),
-            )
-            for row in read_jsonl(path)
-        ]
-    except KeyError as error:
-        raise BobError(f"{path}: an entry has no {error}; `dvc repro caption` makes it") from None
+    """Read a caption bank; raises BobError naming the line that is no entry, or another's photo."""
+    where: dict[str, str] = {}
+
+    def check_entry(line: str, row: dict[str, Any]) -> None:
+        check(line, row, BANK_SCHEMA)
+        if row["image"] in where:
+            raise BobError(f"{line}: the photo of {where[row['image']]} again; remove one of them")
+        where[row["image"]] = line.removeprefix(f"{path}, ")
+
+    return [
+        Entry(
+            row["image"],
+            row["class"],
+            None if row["background"] is None else Context(row["background"], row["pose"]),
+        )
+        for row in read_jsonl(path, check_entry)
+    ]
 
 
 def read_contexts(path: Path) -> list[Context]:
@@ -83,15 +111,8 @@ def read_contexts(path: Path) -> list[Context]:
     Other keys are let be, so that the caption bank of another dataset will do. Raises BobError
     naming the line.
     """
-    contexts = []
-    for number, row in enumerate(read_jsonl(path), start=1):
-        values = [row.get("background"), row.get("pose")]
-        if not all(isinstance(value, str) and value.strip() for value in values):
-            raise BobError(
-                f'{path}, line {number}: a context needs the texts "background" and "pose", '
-                f"found {row}"
-            )
-        contexts.append(Context(*(value.strip() for value in values)))  # type: ignore[union-attr]
+    rows = read_jsonl(path, partial(check, rules=CONTEXT_SCHEMA))
+    contexts = [Context(row["background"].strip(), row["pose"].strip()) for row in rows]
     if not contexts:
         raise BobError(f"{path} holds no context; write at least one line")
     return contexts

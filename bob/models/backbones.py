@@ -108,7 +108,11 @@ class TimmBackbone:
     @cached_property
     def preprocessing(self) -> Preprocessing:
         """As timm resolves it from the folder's config."""
-        return Preprocessing.of(self.features())
+        network = self.features()
+        try:
+            return Preprocessing.of(network)
+        except LOADING_ERRORS as error:
+            raise _unloadable(self._folder, error) from None
 
     def features(self) -> nn.Module:
         """The network with what timm pools before the head; raises as `load_timm` does."""
@@ -173,11 +177,15 @@ def load_timm(folder: Path, num_classes: int) -> nn.Module:
             raise ValueError("its input is not an RGB image")
         check_finite(model)
     except LOADING_ERRORS as error:
-        raise BobError(
-            f"{folder} cannot be loaded as a timm model ({reason_of(error)}); "
-            "its config.json and model.safetensors must belong to one network of this timm"
-        ) from None
+        raise _unloadable(folder, error) from None
     return model
+
+
+def _unloadable(folder: Path, error: Exception) -> BobError:
+    return BobError(
+        f"{folder} cannot be loaded as a timm model ({reason_of(error)}); "
+        "its config.json and model.safetensors must belong to one network of this timm"
+    )
 
 
 def load_network(folder: Path) -> nn.Module:

@@ -5,6 +5,7 @@ file `endpoint.json`, which says where a model is served (`bob.models.endpoint`)
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -56,14 +57,18 @@ class Captioner:
 
     def ask(self, photos: Sequence[Photo], question: str) -> list[str]:
         """Ask one question of at most `batch_size` photos; returns the raw answers."""
-        for photo in photos:
-            _check(photo)
-        return self.answer([open_image(photo.path) for photo in photos], question)
+        with ThreadPoolExecutor() as threads:  # a GPU would wait for one core to decode a batch
+            shown = list(threads.map(self._read, photos))
+        return self._model.answer(shown, question, MAX_NEW_TOKENS)
 
     def answer(self, images: Sequence[Image.Image], question: str) -> list[str]:
         """The same of images that are no files."""
         shown = [_shrunk(image, self._image_side) for image in images]
         return self._model.answer(shown, question, MAX_NEW_TOKENS)
+
+    def _read(self, photo: Photo) -> Image.Image:
+        _check(photo)
+        return _shrunk(open_image(photo.path), self._image_side)
 
 
 def open_captioner(folder: Path, *, precision: str, batch_size: int, image_side: int) -> Captioner:

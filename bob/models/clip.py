@@ -63,14 +63,17 @@ class ClipBackbone:
                 "its preprocessor_config.json does not resize the shorter side, crop the centre "
                 "and normalise, as CLIP's does"
             )
-        return Preprocessing(
-            size=(crop.height, crop.width),
-            mean=tuple(processor.image_mean),
-            std=tuple(processor.image_std),
-            interpolation=Image.Resampling(processor.resample).name.lower(),
-            crop_pct=crop.height / side,
-            crop_mode="center",
-        )
+        try:
+            return Preprocessing(
+                size=(crop.height, crop.width),
+                mean=tuple(processor.image_mean),
+                std=tuple(processor.image_std),
+                interpolation=Image.Resampling(processor.resample).name.lower(),
+                crop_pct=crop.height / side,
+                crop_mode="center",
+            )
+        except LOADING_ERRORS as error:
+            raise self._unloadable(reason_of(error)) from None
 
     @cached_property
     def _processor(self) -> CLIPImageProcessor:

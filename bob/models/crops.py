@@ -14,6 +14,8 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from bob.models.device import send
+
 CROP_AREA = (0.5, 1.0)  # share of the image; smaller crops would lose the part that tells classes
 CROP_ASPECT = (3 / 4, 4 / 3)
 
@@ -74,12 +76,12 @@ def crops_at_once(
 
     def along(starts: list[int], lengths: list[int], inputs: int, outputs: int) -> Tensor:
         spans = torch.tensor([starts, lengths], dtype=torch.float32)
-        start, length = spans.to(device)
+        start, length = send(spans, device)
         return resizing(start, length, inputs, outputs, interpolation)
 
     rows = along([c.top for c in crops], [c.height for c in crops], height, size[0])
     columns = along([c.left for c in crops], [c.width for c in crops], width, size[1])
-    flips = torch.tensor([crop.flip for crop in crops]).to(device)
+    flips = send(torch.tensor([crop.flip for crop in crops]), device)
     columns = torch.where(flips.view(-1, 1, 1), columns.flip(1), columns)
     # Bicubic weights overshoot; Pillow and torch clip after each of the two passes.
     wide = torch.einsum("nchw,nxw->nchx", batch.float(), columns).clamp_(0, 255)

@@ -13,9 +13,9 @@ from PIL import Image
 from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
-from bob.errors import BobError
+from bob.errors import BobError, first_line
 from bob.models import diffusion
-from bob.models.device import autocast
+from bob.models.device import autocast, send
 
 if TYPE_CHECKING:
     from bob.cache.checkpoints import Checkpoint
@@ -96,12 +96,13 @@ def train(
         losses_of_epoch = []
         for _ in range(steps_per_epoch):
             index, pool = _next_batch(pool, len(means), settings.batch_size, random)
-            noise = torch.randn(means[index].shape, generator=random)
-            posterior = torch.randn(means[index].shape, generator=random)
+            shape = len(index), *means.shape[1:]
+            noise = torch.randn(shape, generator=random)
+            posterior = torch.randn(shape, generator=random)
             timestep = torch.randint(
                 noise_scheduler.config.num_train_timesteps, (len(index),), generator=random
             )
-            drawn = [_send(tensor, device) for tensor in (index, noise, posterior, timestep)]
+            drawn = [send(tensor, device) for tensor in (index, noise, posterior, timestep)]
             for index, noise, posterior, timestep in zip(
                 *(tensor.chunk(settings.gradient_accumulation) for tensor in drawn), strict=True
             ):
@@ -181,7 +182,7 @@ def _predict(
         prediction: torch.Tensor = unet(noisy, timestep, text).sample
     except TorchDynamoException as error:
         raise BobError(
-            f"finetune.compile: {str(error).strip().splitlines()[0]}; torch.compile needs a C++ "
+            f"finetune.compile: {first_line(error)}; torch.compile needs a C++ "
             "compiler and Python's headers; without them, set finetune.compile to false"
         ) from None
     return prediction
@@ -219,10 +220,3 @@ def _next_batch(
     while len(pool) < size:
         pool = torch.cat([pool, torch.randperm(count, generator=random)])
     return pool[:size], pool[size:]
-
-
-def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on `device`; from pinned memory, or the copy would wait for the GPU's queue."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

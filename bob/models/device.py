@@ -25,6 +25,19 @@ def computing_device() -> torch.device:
     return device
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; from pinned memory, or the copy would wait for the GPU's queue."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def device_here() -> str:
+    """The device of this process: the GPU as torch calls it, or cpu."""
+    device = computing_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Autocast to `dtype` on `device`; nothing at all for fp32."""
     if dtype == torch.float32:

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bob.formats.photos import Photo, batches, open_image
 from bob.models import denoising, diffusion
 from bob.models.device import computing_device
 from bob.models.lora import LORA_FILE, add_lora, save_lora
+from bob.models.threads import in_threads
 
 # The maker of a LoRA: the modules that train, and what they stand on.
 MADE_BY = (
@@ -25,6 +27,7 @@ MADE_BY = (
     "models.finetuning",
     "models.loading",
     "models.lora",
+    "models.threads",
 )
 LIBRARIES = ("diffusers", "peft", "pillow", "torch", "transformers")
 ENCODE_BATCH = 8  # photos
@@ -70,8 +73,10 @@ def encode_photos(pipeline: Any, photos: Sequence[Photo]) -> tuple[torch.Tensor,
     No flips: a pose says left and right.
     """
     at_once = min(ENCODE_BATCH, diffusion.autoencoded_at_once(pipeline))
+    # Few ahead: a photo may have 100 MB.
+    images = in_threads(open_image, [photo.path for photo in photos], ahead=1)
     encoded = [
-        denoising.encode_images(pipeline, [open_image(photo.path) for photo in batch])
+        denoising.encode_images(pipeline, list(islice(images, len(batch))))
         for batch in tqdm(list(batches(photos, at_once)), "encoding photos", disable=None)
     ]
     means, stds = zip(*encoded, strict=True)

@@ -69,8 +69,8 @@ def _more(names: Sequence[str]) -> str:
 
 
 def check_finite(network: nn.Module) -> None:
-    """Raise ValueError naming a weight that is not finite."""
-    for name, weight in network.named_parameters():
+    """Raise ValueError naming a weight, or a buffer as a norm's mean, that is not finite."""
+    for name, weight in network.state_dict().items():
         if not weight.isfinite().all():
             raise ValueError(f"its weight {name} holds a NaN or an infinity")
 

@@ -7,6 +7,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners import lora
+from safetensors.torch import load_file
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 # Attention alone, as in the paper's recipe: the four projections of every attention layer.
@@ -52,6 +53,32 @@ def add_lora(pipeline: StableDiffusionPipeline, rank: int, seed: int) -> list[to
                 parameter.data = parameter.data.float()
             parameters += trained
     return parameters
+
+
+def check_lora(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Raise ValueError where the LoRA in `folder` is not what `save_lora` writes of this model.
+
+    diffusers would leave out what is missing or surplus. Raises what safetensors raises, too.
+    """
+    expected = {
+        f"{part}.{name}.{form}.{side}.weight": module
+        for part, targets, form in (
+            ("unet", UNET_LORA_TARGETS, "lora"),
+            ("text_encoder", TEXT_LORA_TARGETS, "lora_linear_layer"),
+        )
+        for name, module in getattr(pipeline, part).named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name.endswith(tuple(f".{target}" for target in targets))
+        for side in ("down", "up")
+    }
+    weights = load_file(folder / LORA_FILE)
+    for key in sorted(expected.keys() ^ weights.keys()):
+        raise ValueError(f"{key} is {'missing' if key in expected else 'not of this model'}")
+    for key, weight in weights.items():
+        rank, module = weights[key.replace(".up.", ".down.")].shape[0], expected[key]
+        down, up = (rank, module.in_features), (module.out_features, rank)
+        if weight.shape != (down if ".down." in key else up):
+            raise ValueError(f"{key} has the shape {tuple(weight.shape)}")
 
 
 def save_lora(pipeline: StableDiffusionPipeline, folder: Path) -> None:

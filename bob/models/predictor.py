@@ -41,7 +41,10 @@ BATCH = 32
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}  # in a folder
 # Grey of 16 or 32 bits, or of floats, which Pillow would cut off at 255: most of it is white then.
 DEEP = ("I", "F")
-
+CROP_MODES = ("center", "squash", "border")
+# What metadata of another kind lead to.
+WRONG = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+LARGEST = 16384  # pixels of an input's side
 
 BLACK = (0, 0, 0)
 BORDER = (124, 116, 104)  # ImageNet's mean, of which timm makes borders unless told otherwise
@@ -80,15 +83,37 @@ class Classifier:
             )
         except Exception as error:  # onnxruntime has one class for each of its status codes
             raise ModelError(f"{model} cannot be loaded as ONNX ({_line(error)})") from None
+        self.model = model
         metadata = self.session.get_modelmeta().custom_metadata_map
         try:
             self.classes: list[str] = json.loads(metadata["classes"])
             self.preprocessing: dict[str, Any] = json.loads(metadata["preprocessing"])
-        except (KeyError, ValueError, RecursionError):
+            self._check()
+        except WRONG:
             raise ModelError(
                 f"{model} was not exported by bob: its metadata does not say what its classes are "
                 "and how it wants images"
             ) from None
+
+    def _check(self) -> None:
+        """Raise ValueError, or what comes of it, where metadata or network are not as bob's."""
+        how = self.preprocessing
+        fits = (
+            isinstance(self.classes, list)
+            and all(isinstance(name, str) for name in self.classes)
+            and [one.name for one in self.session.get_inputs()] == ["image"]
+            and [one.shape[1:] for one in self.session.get_outputs() if one.name == "logits"]
+            == [[len(self.classes)]]
+            and [type(side) for side in how["size"]] == [int, int]
+            and all(0 < side <= LARGEST for side in how["size"])
+            and 0 < max(how["size"]) / how["crop_pct"] <= LARGEST
+            and all(np.shape(how[key]) == (3,) for key in ("mean", "std"))
+            and bool(np.isfinite(how["mean"]).all() and (np.array(how["std"]) > 0).all())
+            and how["interpolation"].upper() in Image.Resampling.__members__
+            and how["crop_mode"] in CROP_MODES
+        )
+        if not fits:
+            raise ValueError
 
     def predict(self, photos: Sequence[str | Path], top: int = 1) -> Iterator[Prediction]:
         """Classify the photos at these paths, in order; what cannot be read has an `error`."""
@@ -105,8 +130,14 @@ class Classifier:
                         yield Prediction(str(photo), self._best(next(logits), top))
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [N, classes] of images [N, 3, height, width] as `network_input` makes them."""
-        return self.session.run(["logits"], {"image": images})[0]
+        """Logits [N, classes] of images [N, 3, height, width] as `network_input` makes them.
+
+        Raises ModelError where the network does not take them.
+        """
+        try:
+            return self.session.run(["logits"], {"image": images})[0]
+        except Exception as error:  # onnxruntime has one class for each of its status codes
+            raise ModelError(f"{self.model} cannot be run ({_line(error)})") from None
 
     def _input_or_reason(self, photo: str | Path) -> NDArray[np.float32] | str:
         try:

@@ -1,13 +1,12 @@
 """How an image becomes a network's input."""
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,11 +14,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from bob.formats.photos import open_image
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-AHEAD = 32  # items that a thread may be ahead
+from bob.models.threads import in_threads
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,19 @@ class Preprocessing:
     crop_pct: float
     """The input's share of the resized image's side."""
     crop_mode: str
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what would make of any image a NaN, or nothing."""
+        numbers = (*self.size, *self.mean, *self.std, self.crop_pct)
+        if not (
+            all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
+            and len(self.mean) == len(self.std) == 3
+            and min(*self.size, *self.std, self.crop_pct) > 0
+        ):
+            raise ValueError(
+                f"its preprocessing has size {self.size}, mean {self.mean}, std {self.std} and "
+                f"crop_pct {self.crop_pct}, of which one cannot be"
+            )
 
     @classmethod
     def of(cls, model: nn.Module) -> "Preprocessing":
@@ -78,32 +86,17 @@ def _transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
     )
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
-    """`function` of each item, in order, computed ahead in as many threads as torch has.
-
-    For decoding images, which lets other threads run. AHEAD items a thread at most, so that
-    memory does not grow where the results are taken slowly. What is raised is raised in its place.
-    """
-    threads = torch.get_num_threads()
-    waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > AHEAD * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Pixels as a network wants them: uint8 [N, 3, H, W] to float32 of the same shape."""
-    mean = torch.tensor(preprocessing.mean, device=pixels.device).view(1, -1, 1, 1)
-    std = torch.tensor(preprocessing.std, device=pixels.device).view(1, -1, 1, 1)
+    mean, std = _mean_and_std(preprocessing, pixels.device)
     return (pixels.float() / 255 - mean) / std
+
+
+@cache  # or each batch would wait for the GPU's queue to have them copied
+def _mean_and_std(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1)
+    std = torch.tensor(preprocessing.std, device=device).view(1, -1, 1, 1)
+    return mean, std
 
 
 def read_inputs(

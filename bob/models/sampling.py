@@ -21,7 +21,8 @@ from PIL import Image
 from bob.errors import BobError
 from bob.models import diffusion
 from bob.models.device import autocast, computing_device
-from bob.models.loading import check_finite, quiet
+from bob.models.loading import LOADING_ERRORS, check_finite, quiet, reason_of
+from bob.models.lora import check_lora
 from bob.models.precision import dtype_name, resolve_precision
 
 # Named in an image's key in the item cache: the modules that make it, and what they stand on.
@@ -29,6 +30,7 @@ MADE_BY = (
     "models.device",
     "models.diffusion",
     "models.loading",
+    "models.lora",
     "models.precision",
     "models.sampling",
 )
@@ -112,13 +114,19 @@ def load(base_model: Path, lora: Path) -> StableDiffusionPipeline:
 
     There the sums of weights have the same last bits wherever the images are made.
 
-    Raises BobError as `diffusion.load` does, and for a LoRA that is not finite: its images would
-    be black.
+    Raises BobError as `diffusion.load` does, for a LoRA of another model, and for one that is not
+    finite: its images would be black.
     """
     pipeline = diffusion.load(base_model, torch.device("cpu"))
-    pipeline.load_lora_weights(str(lora))
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
+    try:
+        check_lora(pipeline, lora)
+        pipeline.load_lora_weights(str(lora))
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    except LOADING_ERRORS as error:
+        raise BobError(
+            f"{lora} is no LoRA of {base_model} ({reason_of(error)}); `dvc repro finetune` makes it"
+        ) from None
     try:
         check_finite(pipeline.unet)
         check_finite(pipeline.text_encoder)

@@ -25,9 +25,10 @@ from bob.formats.photos import Task, open_image
 from bob.models.backbones import Backbone, predict
 from bob.models.classifiers import weights_file
 from bob.models.crops import FILTERS, cropped, crops_at_once, draw_crop
-from bob.models.device import autocast, computing_device
+from bob.models.device import autocast, computing_device, send
 from bob.models.precision import dtype_name, hardware, resolve_precision
-from bob.models.preprocessing import Preprocessing, in_threads, normalise, read_pixels
+from bob.models.preprocessing import Preprocessing, normalise, read_pixels
+from bob.models.threads import in_threads
 
 # Named in a classifier's key in the item cache: the modules that train it, and what they stand on;
 # those of the backbone's kind come on top.
@@ -39,6 +40,7 @@ MADE_BY = (
     "models.loading",
     "models.precision",
     "models.preprocessing",
+    "models.threads",
     "models.training",
     "formats.photos",
 )
@@ -246,7 +248,7 @@ class TrainingImages:
         else:
             pairs = zip(images, crops, strict=True)
             pixels = torch.stack([cropped(image, crop, *how) for image, crop in pairs])
-        return normalise(pixels, self.preprocessing), self.targets[indices.to(self._device)]
+        return normalise(pixels, self.preprocessing), self.targets[send(indices, self._device)]
 
     def _read(self) -> None:
         """Decode as many images as may be kept, in threads."""
@@ -332,6 +334,9 @@ def train(
         parameter_groups(model, recipe.layer_decay, recipe.weight_decay),
         lr=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
+        # One kernel for all weights, which in fp16 does not wait to hear whether the gradients are
+        # finite. Not on a CPU, where the last bits would be others.
+        fused=device.type == "cuda" or None,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -349,7 +354,7 @@ def train(
         to_train_mode(model)
         losses = []
         for images, targets, real_count in batches.epoch():
-            images = images.to(device, memory_format=torch.channels_last)
+            images = send(images, device).to(memory_format=torch.channels_last)
             with autocast(device, dtype):
                 logits = model(images)
             loss = weighted_loss(logits.float(), targets.to(device), real_count, recipe.real_weight)
@@ -449,7 +454,7 @@ def mixed(
     has the same shapes, and its rows sum to one. The share is Beta(1, 1), one for the batch.
     """
     whether, share, top, left = torch.rand(4, generator=random).tolist()
-    partner = torch.randperm(len(images), generator=random).to(images.device)
+    partner = send(torch.randperm(len(images), generator=random), images.device)
     if recipe.mix == "none" or whether >= recipe.mix_probability:
         return images, targets
     if recipe.mix == "mixup":

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any
 
 import torch
@@ -10,12 +12,16 @@ from PIL import Image
 
 from bob.errors import BobError
 from bob.models.device import computing_device
-from bob.models.loading import load_checked
+from bob.models.loading import load_checked, reason_of
 from bob.models.precision import dtype_name, resolve_precision
 
 # Named in an answer's key in the item cache: the modules that make it, and what they stand on.
 MADE_BY = ("models.device", "models.loading", "models.precision", "models.vlm")
 LIBRARIES = ("torch", "torchvision", "transformers")
+
+
+TEMPLATE_LENGTH = 100_000  # characters, of which a question and its frame have hundreds
+TEMPLATE_S = 60.0  # in which a chat template gives its text, which takes milliseconds
 
 
 class VisionLanguageModel:
@@ -71,15 +77,38 @@ class VisionLanguageModel:
                 f"{self._batch_size} images at once; lower caption.batch_size or caption.image_side"
             ) from None
 
+    def _prompt(self, processor: Any, messages: list[dict[str, Any]]) -> str:
+        """The chat template's text; raises BobError where it fails, or has no end."""
+        said: Queue[str | Exception] = Queue()
+
+        def render() -> None:
+            try:
+                said.put(processor.apply_chat_template(messages, add_generation_prompt=True))
+            except Exception as error:  # templates raise whatever they like
+                said.put(error)
+
+        # It cannot be stopped, and ends with the process.
+        Thread(target=render, daemon=True).start()
+        try:
+            text = said.get(timeout=TEMPLATE_S)
+        except Empty:
+            text = TimeoutError(f"it has not ended in {TEMPLATE_S:g} s")
+        if isinstance(text, str) and len(text) > TEMPLATE_LENGTH:
+            text = ValueError(f"it gives more than {TEMPLATE_LENGTH:,} characters")
+        if isinstance(text, Exception):
+            raise BobError(
+                f"caption.model {self._folder}: its chat template does not give a question "
+                f"({reason_of(text)}); fetch the model again, or take another"
+            )
+        return text
+
     @torch.inference_mode()
     def _answer(self, images: Sequence[Image.Image], question: str, max_tokens: int) -> list[str]:
         processor, model = self._loaded
         # Padded to full size: what a model says must not depend on how many are asked with it.
         padded = [*images, *[images[-1]] * (self._batch_size - len(images))]
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        text = self._prompt(processor, [{"role": "user", "content": content}])
         inputs = processor(
             text=[text] * len(padded),
             images=[[image] for image in padded],

@@ -29,9 +29,10 @@ from bob.formats.photos import Photo, Task, batches, open_image, read_photos, re
 from bob.formats.prompts import ATTRIBUTES, Context, read_bank
 from bob.models import diffusion
 from bob.models.backbones import Backbone, open_backbone
-from bob.models.device import computing_device
+from bob.models.device import computing_device, device_here
 from bob.models.preprocessing import read_inputs
 from bob.models.similarity import diversity, kernel_inception_distance, nearest, subset_size
+from bob.models.threads import in_threads
 from bob.stages.caption import accepted_answers, cached_ask
 
 ALIKE = 6  # generated images that are named as like a generated one
@@ -99,6 +100,7 @@ def run(params: Params) -> None:
             if "pictures" in leakage
             else ""
         )
+        + f", on {device_here()}"
     )
 
 
@@ -217,8 +219,8 @@ def contexts_shown(
     """
     paths = [GENERATE / image.file for image in images]
     photos = [
-        Photo(path.as_posix(), image.class_name, sha256(path))
-        for path, image in zip(paths, images, strict=True)
+        Photo(path.as_posix(), image.class_name, content)
+        for path, image, content in zip(paths, images, in_threads(sha256, paths), strict=True)
     ]
     ask = cached_ask(cache, params.caption)
     backgrounds, poses = (
@@ -302,6 +304,8 @@ def _features(backbone: Backbone, *sets: Sequence[str | Path]) -> list[np.ndarra
     """Pooled features of each set of images, (n, d) float64."""
     device = computing_device()
     network = backbone.features().eval().to(device)
+    if device.type == "cuda":  # the faster convolutions; on a CPU the features' last bits are kept
+        network = network.to(memory_format=torch.channels_last)
     return [
         torch.cat(
             [
@@ -351,7 +355,10 @@ def _sheet(
             (margin, real_of.get(class_name, [])[:SHEET_REAL]),
             (generated_left, generated_of.get(class_name, [])[:SHEET_GENERATED]),
         ):
-            for column, path in enumerate(paths):
-                image = ImageOps.contain(open_image(path), (cell - 2, cell - 2))
+            for column, image in enumerate(in_threads(_thumbnail, paths)):
                 sheet.paste(image, (left + column * cell, top + title))
     return sheet
+
+
+def _thumbnail(path: Path) -> Image.Image:
+    return ImageOps.contain(open_image(path), (SHEET_CELL - 2, SHEET_CELL - 2))

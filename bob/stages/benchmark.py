@@ -33,6 +33,7 @@ Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 Timings = dict[int, dict[str, dict[str, float]]]
 """Batch size -> runtime -> its timings."""
 
+GPU_PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider")  # the best first
 ROUNDS = 5
 PERCENTILES = (50, 95, 99)
 IN_METRICS = ("p50_ms", "p95_ms", "images_per_second")  # of fp16 and int8; the tables have all
@@ -158,6 +159,40 @@ def best_session(path: Path) -> onnxruntime.InferenceSession:
     nothing is tried without a GPU, and the attempts are silent. The session tells which it was;
     where there is a GPU and it is the CPU, a warning says why.
     """
+    failed = []
+    for name in GPU_PROVIDERS if computing_device().type == "cuda" else ():
+        session = start_session(path, name)
+        if not isinstance(session, str):
+            return session
+        failed.append(f"{name} {session}")
+    if failed:
+        click.echo(f"warning: {path.name} runs on the CPU: {'; '.join(failed)}", err=True)
+    return onnxruntime.InferenceSession(
+        path, _session_options(), providers=["CPUExecutionProvider"]
+    )
+
+
+def start_session(path: Path, provider: str) -> onnxruntime.InferenceSession | str:
+    """A session on that execution provider of the computing device, or why there is none."""
+    if provider not in onnxruntime.get_available_providers():
+        return "is not in this build of ONNX Runtime"
+    options, device = _session_options(), computing_device()
+    on_gpu = provider in GPU_PROVIDERS and device.type == "cuda"
+    settings = {"device_id": str(device.index)} if on_gpu else {}
+    if provider == "CUDAExecutionProvider":
+        settings["use_tf32"] = "0"
+    try:
+        session = onnxruntime.InferenceSession(
+            path, options, providers=[(provider, settings)], enable_fallback=False
+        )
+    except Exception as error:  # whatever a provider throws, the next one may work
+        return f"does not start ({' '.join(str(error).split())[:200]})"
+    if session.get_providers()[0] != provider:
+        return "does not start (its libraries do not load)"
+    return session
+
+
+def _session_options() -> onnxruntime.SessionOptions:
     onnxruntime.set_default_logger_severity(4)  # fatal only
     # TensorRT rounds to TF32 unless this is set, and has no option for it of its own.
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
@@ -166,30 +201,7 @@ def best_session(path: Path) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = torch.get_num_threads()
     # A waiting thread must not spin: it would take the processor from torch's turn.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    device = computing_device()
-    gpu = {"device_id": str(device.index)}
-    candidates: list[tuple[str, dict[str, str]]] = [
-        ("TensorrtExecutionProvider", gpu),
-        ("CUDAExecutionProvider", gpu | {"use_tf32": "0"}),
-    ]
-    failed = []
-    for name, settings in candidates if device.type == "cuda" else ():
-        if name not in onnxruntime.get_available_providers():
-            failed.append(f"{name} is not in this build of ONNX Runtime")
-            continue
-        try:
-            session = onnxruntime.InferenceSession(
-                path, options, providers=[(name, settings)], enable_fallback=False
-            )
-        except Exception as error:  # whatever a provider throws, the next one may work
-            failed.append(f"{name} does not start ({' '.join(str(error).split())[:200]})")
-            continue
-        if session.get_providers()[0] == name:
-            return session
-        failed.append(f"{name} does not start (its libraries do not load)")
-    if failed:
-        click.echo(f"warning: {path.name} runs on the CPU: {'; '.join(failed)}", err=True)
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def onnx_runner(session: onnxruntime.InferenceSession) -> Run:

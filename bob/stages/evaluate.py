@@ -22,7 +22,7 @@ from bob.models.classifiers import (
     load_classifier,
     read_trained,
 )
-from bob.models.device import computing_device
+from bob.models.device import computing_device, device_here
 from bob.models.preprocessing import read_inputs
 
 Predictions = dict[str, dict[int, list[str]]]
@@ -208,5 +208,5 @@ def _summary(metrics: dict[str, float | dict[str, float]], photos: int) -> str:
         parts.append(f"{variant} {values['top1']} % (std {values['top1_std']})")
     return (
         f"evaluate: top-1 on {photos} test photos: {', '.join(parts)}; "
-        f"lift {metrics['lift']:+} points (std {metrics['lift_std']})"
+        f"lift {metrics['lift']:+} points (std {metrics['lift_std']}), on {device_here()}"
     )

@@ -22,7 +22,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from bob.errors import BobError
+from bob.errors import BobError, first_line
 from bob.formats import layout
 from bob.formats.files import replacing, replacing_file, write_json
 from bob.formats.manifest import read_manifest
@@ -183,8 +183,7 @@ def check_onnx(path: Path, model: nn.Module, inputs: Tensor) -> float:
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BobError(f"the exported classifier is not valid ONNX ({reason})") from None
+        raise BobError(f"the exported classifier is not valid ONNX ({first_line(error)})") from None
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     expected = predict(model, [inputs], torch.device("cpu")).numpy()
     found = [session.run(["logits"], {"image": batch.numpy()})[0] for batch in inputs.split(1)]

@@ -36,7 +36,8 @@ from bob.models.classifiers import (
     read_trained,
 )
 from bob.models.device import computing_device
-from bob.models.preprocessing import in_threads, read_inputs
+from bob.models.preprocessing import read_inputs
+from bob.models.threads import in_threads
 
 PAGE = Path(__file__).parent.parent / "page"
 SCRIPTS = ("model", "gallery", "contexts", "results", "decisions", "app")

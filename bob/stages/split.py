@@ -1,28 +1,39 @@
 """Stage split: draw the shots, set validation and test aside; the one reader of users' folders.
 
 Later stages read copies under `results/split`, in one layout, so none of them depends on how a
-dataset is laid out, and editing a test photo does not fine-tune a model again.
+dataset is laid out, and editing a test photo does not fine-tune a model again. Of a photo that DVC
+has linked into the workspace, the copy is another link.
 """
 
 import hashlib
-import shutil
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from bob.cache.items import ItemCache
+from bob.cache.recipe import item_key, maker_of
+from bob.cache.wanted import Wanted
 from bob.errors import NAME, BobError, shown, tell
 from bob.formats.files import replacing, sha256
 from bob.formats.layout import CLASSES, SPLIT, TEST, TRAIN, VAL
 from bob.formats.names import class_name_of
 from bob.formats.params import Params, check, read_yaml
-from bob.formats.photos import Photo, Task, open_image, write_photos, write_task
+from bob.formats.photos import Photo, Task, batches, open_image, write_photos, write_task
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
+MADE_BY = ("formats.photos",)
+"""Modules of bob that decide whether a file is a readable image."""
+LIBRARIES = ("pillow",)
+READABLE = b"a readable image\n"
+"""The item of every photo that is one: there is nothing else to say of it."""
+_AT_ONCE = 32  # photos that are read between two entries in the item cache
 
 DATASET_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -64,31 +75,31 @@ Split = tuple[list[Photo], list[Photo], list[Photo]]
 
 def run(params: Params) -> None:
     """Write `results/split`: the photos as train/, val/ and test/, with a manifest of each."""
-    dataset = read_dataset(Path("data") / params.data.name)
-    parts = dict(
-        zip(
-            (TRAIN, VAL, TEST),
-            split_of(dataset, params.data),
-            strict=True,
-        )
-    )
-    with replacing(SPLIT) as folder:
-        for manifest, photos in parts.items():
-            copies = []
-            for photo in photos:
-                source = Path(photo.path)
-                copy = Path(manifest.stem) / source.parent.name / source.name
-                (folder / copy).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, folder / copy)
-                copies.append(Photo((SPLIT / copy).as_posix(), photo.class_name, photo.sha256))
-            # The folders exist even when empty: DVC fails a stage whose dependency is missing.
-            (folder / manifest.stem).mkdir(exist_ok=True)
-            write_photos(folder / manifest.name, copies)
-        write_task(folder / CLASSES.name, Task(dataset.descriptor, tuple(sorted(dataset.train))))
+    with ItemCache("split") as cache:
+        dataset = read_dataset(Path("data") / params.data.name, partial(checked_hashes, cache))
+        parts = dict(zip((TRAIN, VAL, TEST), split_of(dataset, params.data), strict=True))
+        with replacing(SPLIT) as folder:
+            copies = {}
+            for manifest, photos in parts.items():
+                moved = []
+                for photo in photos:
+                    source = Path(photo.path)
+                    copy = Path(manifest.stem) / source.parent.name / source.name
+                    (folder / copy).parent.mkdir(parents=True, exist_ok=True)
+                    copies[source] = folder / copy
+                    moved.append(Photo((SPLIT / copy).as_posix(), photo.class_name, photo.sha256))
+                # The folders exist even when empty: DVC fails a stage whose dependency is missing.
+                (folder / manifest.stem).mkdir(exist_ok=True)
+                write_photos(folder / manifest.name, moved)
+            cache.copy(copies)
+            write_task(
+                folder / CLASSES.name, Task(dataset.descriptor, tuple(sorted(dataset.train)))
+            )
     if not parts[VAL]:
         _warn("there is no validation photo: classify will keep the last epoch of every training")
     counts = ", ".join(f"{len(photos)} {manifest.stem}" for manifest, photos in parts.items())
-    print(f"split: {len(dataset.train)} classes of {dataset.descriptor}; photos: {counts}")
+    about = shown(dataset.descriptor)
+    print(f"split: {len(dataset.train)} classes of {about}; photos: {counts}")
 
 
 def split_of(dataset: Dataset, settings: Any) -> Split:
@@ -197,16 +208,16 @@ def _check_enough(
     )
 
 
-def read_dataset(folder: Path) -> Dataset:
+def read_dataset(folder: Path, hashes_of: Callable[[list[Path]], dict[Path, str]]) -> Dataset:
     """Read `folder`: class folders, directly or inside train/, val/ and test/, and dataset.yaml.
 
     A class is named as its folder, or as `classes` in dataset.yaml says, in Unicode's composed
-    form. Every image is decoded once. Raises BobError naming the file or class for: no descriptor,
-    a name for a folder that is not there, two folders of one class, a folder or file whose name is
-    none, an empty class, an unreadable image, a test class that is not in train, one content in two
-    classes or in two parts. A second copy of an image within a class is left out with a warning,
-    and so is what lies where nothing is read: a folder in a class's, a photo beside the classes, a
-    broken link.
+    form. `hashes_of` gives the SHA-256 of the photos, and raises where one is none, as
+    `checked_hashes` does. Raises BobError naming the file or class for: no descriptor, a name for a
+    folder that is not there, two folders of one class, a folder or file whose name is none, an
+    empty class, a test class that is not in train, one content in two classes or in two parts. A
+    second copy of an image within a class is left out with a warning, and so is what lies where
+    nothing is read: a folder in a class's, a photo beside the classes, a broken link.
     """
     if not folder.is_dir():
         raise BobError(
@@ -222,7 +233,7 @@ def read_dataset(folder: Path) -> Dataset:
     else:
         roots = {"train": folder}
     for name in names:
-        if not any((root / name).is_dir() for root in roots.values()):
+        if not any(name == path.name for root in roots.values() for path in root.iterdir()):
             raise BobError(
                 f"{about}: classes names the folder {name!r}, which is not there; correct or "
                 "remove the entry"
@@ -233,7 +244,7 @@ def read_dataset(folder: Path) -> Dataset:
         _warn_of_unread(folder, [path for path in others if path.is_dir() or _is_stray(path)])
 
     files = [path for classes in parts.values() for paths in classes.values() for path in paths]
-    hashes = _decode_and_hash(files)
+    hashes = hashes_of(files)
     photos = {
         part: {
             class_name: [Photo(path.as_posix(), class_name, hashes[path]) for path in paths]
@@ -256,7 +267,7 @@ def _read_about(path: Path) -> tuple[str, dict[str, str]]:
     check(path, value, DATASET_SCHEMA)
     # YAML reads a folder "747" as a number.
     names = {str(name): " ".join(said.split()) for name, said in value.get("classes", {}).items()}
-    return value["descriptor"].strip(), names
+    return " ".join(value["descriptor"].split()), names
 
 
 def _list_classes(folder: Path, names: Mapping[str, str], about: Path) -> dict[str, list[Path]]:
@@ -319,23 +330,46 @@ def _warn_of_unread(folder: Path, paths: Iterable[Path]) -> None:
         _warn(f"{folder}: not read: {_some(unread)}")
 
 
-def _decode_and_hash(files: list[Path]) -> dict[Path, str]:
-    def read(path: Path) -> str | BobError:
-        try:
-            open_image(path)
-        except BobError as error:
-            return error
-        return sha256(path)
+def checked_hashes(cache: ItemCache, files: list[Path]) -> dict[Path, str]:
+    """SHA-256 of photos, all of which can be decoded.
 
-    with ThreadPoolExecutor() as threads:
-        results = list(
-            tqdm(threads.map(read, files), "reading photos", total=len(files), disable=None)
-        )
-    errors = [result for result in results if isinstance(result, BobError)]
+    A photo whose content has been decoded before, by this code and this Pillow, is not decoded
+    again: that it is readable is an item. Raises BobError naming the first that is not.
+    """
+    hashes: dict[Path, str] = {}
+    errors: list[BobError] = []
+    family, maker = {"item": "readable"}, maker_of(MADE_BY, LIBRARIES)
+    with (
+        ThreadPoolExecutor() as threads,
+        tqdm(total=len(files), desc="reading photos", disable=None) as bar,
+    ):
+        for batch in batches(files, _AT_ONCE):
+            contents = list(threads.map(sha256, batch))
+            recipes = [item_key(**family, photo=content) for content in contents]
+            wanted = Wanted(recipes, family, maker)
+            known = cache.known(wanted)
+            cache.reused += len(known)
+            new = [n for n, recipe in enumerate(recipes) if recipe not in known]
+            found = list(threads.map(_unreadable, (batch[n] for n in new)))
+            good = {recipes[n]: READABLE for n, error in zip(new, found, strict=True) if not error}
+            if good:
+                cache.keep(wanted, good)
+            errors += filter(None, found)
+            hashes |= zip(batch, contents, strict=True)
+            bar.update(len(batch))
     if errors:
         more = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
         raise BobError(f"{errors[0]}{more}")
-    return dict(zip(files, (str(result) for result in results), strict=True))
+    return hashes
+
+
+def _unreadable(path: Path) -> BobError | None:
+    """What is wrong with a photo, if anything is."""
+    try:
+        open_image(path)
+    except BobError as error:
+        return error
+    return None
 
 
 def _check_parts(folder: Path, photos: dict[str, dict[str, list[Photo]]]) -> None:

@@ -230,9 +230,9 @@ def _check_space(missing: int, whole: int, draft: Path) -> None:
     """Raise BobError unless the disks have room for what is missing, and for DVC's copy of all."""
     with ObjectStore() as store:
         cache = store.root
-        copy = whole if store.copies(draft / "link") else 0
+        copy = 0 if store.stores_once(draft) else whole
     together = draft.stat().st_dev == cache.stat().st_dev
-    needs = {draft: missing + copy} if together else {draft: missing, cache: copy}
+    needs = {draft: missing + copy} if together else {draft: missing, cache: whole}
     for place, needed in needs.items():
         if needed > (free := shutil.disk_usage(place).free):
             words = f", of which {bytes_in_words(copy)} are DVC's copy" if together and copy else ""

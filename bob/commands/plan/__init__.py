@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import click
+from tqdm import tqdm
 
 from bob.commands import configuration
 from bob.commands.configuration import MODELS, model_folder
@@ -75,10 +76,12 @@ def _print(
         from bob.commands.plan.notes import notes
 
         machine = Machine(gpus.choose(gpu_name), count or executor().workers(), price)
-        with _made_on(machine.gpu) if gpu_name else nullcontext():
-            with project_of(of, forecast, machine.gpu) as project:
-                work = to_do(project)
-            lines = notes(of, states, work, machine)
+        with (
+            _made_on(machine.gpu) if gpu_name else nullcontext(),
+            project_of(of, forecast, machine.gpu) as project,
+        ):
+            work = to_do(project)
+            lines = notes(of, states, work, machine, project.copies)
     for line in (*table(states, work, because, machine), "", *lines):
         click.echo(shown(line, LINE))
 
@@ -145,7 +148,12 @@ def to_do(project: "Project") -> dict[str, "Work"]:
     from bob.commands.plan.work import STAGES
 
     running = _running(project.forecast)
-    return {stage: of(project) for stage, of in STAGES.items() if stage in running}
+    work = {}
+    with tqdm([stage for stage in STAGES if stage in running], leave=False, disable=None) as bar:
+        for stage in bar:
+            bar.set_description(f"planning {stage}")
+            work[stage] = STAGES[stage](project)
+    return work
 
 
 def table(

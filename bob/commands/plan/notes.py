@@ -17,16 +17,25 @@ USABLE = 0.9  # of a GPU's memory; the rest is CUDA's own, and gaps that its all
 
 
 def notes(
-    of: Params, states: Mapping[str, str], work: Mapping[str, Work], machine: Machine
+    of: Params,
+    states: Mapping[str, str],
+    work: Mapping[str, Work],
+    machine: Machine,
+    copies: int,
 ) -> list[str]:
-    """Lines to print below the table."""
+    """Lines to print below the table; an output is on the disk in so many copies."""
     gpu, many = machine.gpu, f"{machine.count} x " if machine.count > 1 else ""
     lines = [
         f"time, memory: {many}{gpu.name}, {gpu.half:g} TFLOP/s in "
-        f"{'bf16' if gpu.bf16 else 'fp16'} and {gpu.single:g} in fp32, of which "
-        f"{gpus.UTILISATION:.0%} is taken to be reached, "
-        f"{metric(gpu.memory, 'B')}; only products are timed"
+        f"{'bf16' if gpu.bf16 else 'fp16'} and {gpu.single:g} in fp32, "
+        f"{metric(gpu.memory, 'B')}; only products are timed",
+        _shares(gpu),
     ]
+    if copies > 1 and any(one.disk for one in work.values()):
+        lines.append(
+            "disk: twice, in the workspace and in DVC's cache; `dvc config --local cache.type "
+            "hardlink,symlink` would link them"
+        )
     if machine.count > 1:
         lines.append("answers, images and classifiers are spread over the GPUs; finetune takes one")
     if machine.price is not None:
@@ -56,6 +65,24 @@ def notes(
         if not is_endpoint(folder) and not any(folder.rglob("*.safetensors")):
             lines.append(f"{folder} holds no weights: nothing that was made with them is found")
     return lines + _slow(of, work, gpu) + _too_large(work, gpu)
+
+
+def _shares(gpu: gpus.Gpu) -> str:
+    """What part of the peak is reckoned with, and who says so."""
+    if not gpu.measured:
+        return (
+            f"of the TFLOP/s {gpus.UTILISATION:.0%} is assumed to be reached; `make gpu-check` on "
+            "such a GPU measures it"
+        )
+    reached = ", ".join(
+        f"{work} {share:.0%} in {precision}"
+        for work, by_precision in gpu.shares.items()
+        for precision, share in by_precision.items()
+    )
+    return (
+        f"of the TFLOP/s reached, measured on {gpu.measured}: {reached}; {gpus.UTILISATION:.0%} is "
+        "assumed of other work"
+    )
 
 
 def _slow(of: Params, work: Mapping[str, Work], gpu: gpus.Gpu) -> list[str]:

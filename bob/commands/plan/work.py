@@ -4,11 +4,13 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from bob.cache.items import ItemCache, tree_hash
 from bob.cache.wanted import Wanted
@@ -24,7 +26,7 @@ from bob.formats.prompts import ATTRIBUTES, QUESTION, Entry, read_bank
 from bob.formats.review import rejected
 from bob.miniature import world
 from bob.models import denoising, diffusion, finetuning, sampling
-from bob.models.backbones import open_backbone
+from bob.models.backbones import holds_clip, open_backbone
 from bob.models.classifiers import REAL_AND_SYNTHETIC, REAL_ONLY, VARIANTS
 from bob.models.endpoint import is_endpoint
 from bob.models.gpus import Gpu
@@ -60,15 +62,19 @@ class Work:
     memory: int = 0
     """Bytes on the GPU at the peak; 0 where it needs none."""
     disk: float = 0
-    """Bytes written."""
+    """Bytes that the outputs add on the disk, in the workspace and in DVC's cache."""
     relief: tuple[str, ...] = ()
     """What would help where the memory does not suffice, one of these."""
     parts: int = 1
     """Batches of items, each of which can be made on another GPU."""
+    kind: str = ""
+    """Of its products, as `Gpu.seconds` knows it; empty where it is none that is measured."""
 
     def seconds(self, gpu: Gpu, gpus: int = 1) -> float:
         """How long the products take on so many; reading, drawing and writing are not counted."""
-        whole = sum(gpu.seconds(flops, precision) for precision, flops in self.flops.items())
+        whole = sum(
+            gpu.seconds(flops, precision, self.kind) for precision, flops in self.flops.items()
+        )
         shared = min(self.parts, gpus)  # the last round is not full
         return whole * math.ceil(self.parts / shared) / self.parts
 
@@ -105,10 +111,15 @@ class Project:
         data = self.params.data
         folder = Path("data") / data.name
         known = folder != layout.MINIATURE or self.forecast.states["draw"] == UP_TO_DATE
-        dataset = read_dataset(folder) if known else _undrawn(self.params)
+        dataset = read_dataset(folder, _hashes) if known else _undrawn(self.params)
         train, val, test = split_of(dataset, data)
         task = Task(dataset.descriptor, tuple(sorted(dataset.train)))
         return Photos(task, train, val, test, known)
+
+    @cached_property
+    def copies(self) -> int:
+        """Of an output on the disk: in the workspace and, where DVC cannot link it, its cache."""
+        return 1 if self.cache.stores_once() else 2
 
     @cached_property
     def images(self) -> int:
@@ -120,6 +131,13 @@ class Project:
             self.params.generate.images_per_class,
         )
         return sum(counts.values())
+
+
+def _hashes(files: list[Path]) -> dict[Path, str]:
+    """Of the photos; that they can be decoded is for the stage to see."""
+    with ThreadPoolExecutor() as threads:
+        hashes = tqdm(threads.map(sha256, files), "reading photos", len(files), disable=None)
+        return dict(zip(files, hashes, strict=True))
 
 
 def _undrawn(params: Params) -> Dataset:
@@ -145,7 +163,7 @@ def _draw(project: Project) -> Work:
     settings = project.params.draw
     per_class = world.images_per_class(settings.train_per_class, settings.per_context)
     count = settings.classes * sum(per_class.values())
-    return Work(f"{count:,} drawings", disk=count * world.SIZE**2 * PNG_BYTES)
+    return Work(f"{count:,} drawings", disk=project.copies * count * world.SIZE**2 * PNG_BYTES)
 
 
 def _split(project: Project) -> Work:
@@ -155,7 +173,7 @@ def _split(project: Project) -> Work:
     return Work(
         f"{len(photos.task.classes):,} classes, "
         + ", ".join(f"{len(part):,} {name}" for name, part in parts.items()),
-        disk=sum(path.stat().st_size for path in paths if path.is_file()),
+        disk=project.cache.new_bytes(filter(Path.is_file, paths)),
     )
 
 
@@ -291,12 +309,13 @@ def fine_tuning_work(project: Project) -> Work:
             (precision, steps * parts_of_batch * step.flops),
         ),
         memory=max(encoding, training if steps else 0),
-        disk=lora,
+        disk=project.copies * lora,
         relief=(
             *_lower_precision("finetune", precision),
             *(["raise finetune.gradient_accumulation"] if parts_of_batch < whole else []),
             *([] if checkpointed else ["set finetune.gradient_checkpointing to true"]),
         ),
+        kind="finetune",
     )
 
 
@@ -365,12 +384,13 @@ def generating_work(project: Project, prompts: Sequence[str] | None) -> Work:
             ("fp32", batches * batch / at_once * decode.flops + texts * text.flops),
         ),
         weights + max(denoise.peak, decode.peak),
-        new * side**2 * _png_bytes(),
+        project.copies * new * side**2 * _png_bytes(),
         (
             *_lower_precision("generate", precision),
             *(["lower generate.batch_size"] if batch > 1 else []),
         ),
         batches,
+        "generate",
     )
 
 
@@ -430,10 +450,15 @@ def training_work(project: Project, new: Sequence[tuple[str, int]], known: bool)
             ("fp32", look.flops * looks),
         ),
         held + ADAM * changing + step.peak,
-        len(new) * network.weights,
+        project.copies * len(new) * network.weights,
         ("lower classify.batch_size",) if batch > 1 else (),
         max(Counter(variant for variant, _ in new).values()),  # one variant after the other
+        _kind_of(folder),
     )
+
+
+def _kind_of(backbone: Path) -> str:
+    return "classify_clip" if holds_clip(backbone) else "classify"
 
 
 def missing_classifiers(
@@ -525,7 +550,9 @@ def _export(project: Project) -> Work:
     precisions = project.params.export.precisions
     return Work(
         f"ONNX, {', '.join(precisions)}",
-        disk=network.weights * sum(ONNX_SHARE[precision] for precision in precisions),
+        disk=project.copies
+        * network.weights
+        * sum(ONNX_SHARE[precision] for precision in precisions),
     )
 
 
@@ -570,6 +597,7 @@ def _looking(project: Project, what: str, looks: int, batch: int, copies: int) -
         what,
         flops={"fp32": looks / batch * look.flops},
         memory=copies * network.weights + look.peak,
+        kind=_kind_of(model_folder(project.params, "classify", "backbone")),
     )
 
 

@@ -110,28 +110,30 @@ def read_results(path: Path) -> list[Row]:
     """Read the rows, none where there is no file; raises BobError naming a line that is none."""
     if not path.exists():
         return []
-    rows = []
+    rows: dict[tuple[str, int], Row] = {}
     with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        for number, line in enumerate(reader, start=2):
-            try:
-                rows.append(
-                    Row(
-                        line["setting"],
-                        (line["overrides"], int(line["data_seed"])),
-                        line["code"],
-                        line["inputs"],
-                        {
-                            name: float(value)
-                            for name, value in line.items()
-                            if name not in COLUMNS and value != ""
-                        },
-                        # A file that was written before there were samples has none of these.
-                        *(line.get(name, "") for name in HISTORY),
-                    )
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for line in reader:
+                row = Row(
+                    line["setting"],
+                    (line["overrides"], int(line["data_seed"])),
+                    line["code"],
+                    line["inputs"],
+                    {
+                        name: float(value)
+                        for name, value in line.items()
+                        if name not in COLUMNS and value != ""
+                    },
+                    # A file that was written before there were samples has none of these.
+                    *(line.get(name, "") for name in HISTORY),
                 )
-            except (KeyError, TypeError, ValueError):
-                raise BobError(
-                    f"{path}, line {number} is no result of a study; restore the file with git"
-                ) from None
-    return rows
+                if row.run in rows:
+                    raise ValueError("a run that stands there twice")
+                rows[row.run] = row
+        except (KeyError, TypeError, ValueError, csv.Error):
+            raise BobError(
+                f"{path}, line {max(reader.line_num, 2)} is no result of a study, or one that "
+                "stands there twice; restore the file with git"
+            ) from None
+    return list(rows.values())

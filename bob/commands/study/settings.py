@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bob.errors import BobError
-from bob.formats.params import PARAMS, read_yaml
+from bob.formats.params import load
 from bob.formats.presets import PRESETS, Preset, nearest, overridden, read_presets
 
 
@@ -61,7 +61,7 @@ def read_settings(path: Path, content: Mapping[str, Any]) -> dict[str, Setting]:
     presets: Mapping[str, Preset] = {}
     if any("use" in part for part in (content, *entries.values())):
         presets = read_presets(file)
-    params = read_yaml(PARAMS)
+    params = load()
     settings = {}
     for name, entry in entries.items():
         where = f"{path}, setting {name}"

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from bob.commands.verify import observe
 from bob.dvc import pipeline
 from bob.dvc.store import copy_file
 from bob.errors import LINE, BobError, shown
-from bob.formats.files import sha256
+from bob.formats.files import read_json, sha256
 from bob.formats.params import PARAMS, PIPELINE, read_yaml, select
 
 SCHEMA = "bob/formats/params.schema.json"
@@ -47,6 +48,7 @@ EXEMPT = (
     *("bob/miniature/__init__.py", "bob/models/__init__.py", "bob/stages/__init__.py"),
 )
 # Where libraries look for caches and settings, which are nothing that a stage declares.
+_OF_A_SHELL = frozenset(";&|<>$`*?(){}#~\n")
 HIDDEN_VARIABLES = ("DVC", "HF_", "TORCH_HOME", "TRANSFORMERS_", "XDG_")
 
 
@@ -66,13 +68,27 @@ class Stage:
 
     @classmethod
     def of(cls, stage: pipeline.Stage) -> "Stage":
-        """Take it from DVC, which has put in the values of the parameters."""
-        start = "python -m bob "
-        if not stage.command.startswith(start):
-            raise BobError(f"{PIPELINE}: the cmd of stages.{stage.name} is not `{start}...`")
+        """Take it from DVC, which has put in the values of the parameters.
+
+        Raises BobError where it could not be run in a sandbox, or would reach out of that.
+        """
+        where = f"{PIPELINE}: stages.{stage.name}"
+        if stage.folder != stage.root:
+            raise BobError(
+                f"{where} has a wdir; a stage that is verified runs in the project's root"
+            )
+        for path in (*stage.deps, *stage.outs):
+            if not _is_inside(path):
+                raise BobError(
+                    f"{where} names {path}, which is not a path in the project, relative to its "
+                    "root; nothing outside is copied or written"
+                )
+        others = [one.file for one in stage.params if one.file != str(PARAMS)]
+        if others:
+            raise BobError(f"{where}.params names {others[0]}; bob reads {PARAMS} alone")
         return cls(
             stage.name,
-            tuple(stage.command.removeprefix(start).split()),
+            _arguments(stage.command, where),
             stage.deps,
             tuple(stage.meta.get("optional_deps", ())),
             tuple(key for parameters in stage.params for key in parameters.keys),
@@ -191,10 +207,10 @@ class Sandbox:
         for path in (*EXEMPT, str(PIPELINE), *stage.deps):
             if not (root / path).exists():
                 raise BobError(f"{path} is missing; `dvc repro` makes what {stage.name} depends on")
-            _copy(root / path, self.folder / path)
+            _copy(root / path, self.folder / path, path)
         self._reduce_params(root)
         # Its own cache, lest a stage takes from the user's what it is to compute here.
-        (self.folder / ".dvc").mkdir()
+        (self.folder / ".dvc").mkdir(exist_ok=True)
         (self.folder / ".dvc/config").write_text(
             f"[core]\nno_scm = true\nsite_cache_dir = {self._home}\n[cache]\ndir = cache\n"
         )
@@ -204,7 +220,7 @@ class Sandbox:
         reduced = select(read_yaml(root / PARAMS), self.stage.params, self.stage.name)
         with (self.folder / PARAMS).open("w", encoding="utf-8") as file:
             YAML(typ="safe").dump(reduced, file)
-        schema = json.loads((root / SCHEMA).read_text(encoding="utf-8"))
+        schema = read_json(root / SCHEMA)
         (self.folder / SCHEMA).write_text(json.dumps(_without_required(schema)), encoding="utf-8")
 
     def run(self) -> Run:
@@ -374,13 +390,49 @@ def _within_any(path: str, folders: Iterable[str]) -> bool:
     return any(Path(path).is_relative_to(folder) for folder in folders)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file or a folder, for free where the file system can: never a link to the project."""
+def _is_inside(path: str) -> bool:
+    """Whether a path as declared leads to something in the project."""
+    normal = os.path.normpath(path)
+    return not (
+        os.path.isabs(path)  # noqa: PTH117  a text, as DVC has it
+        or "://" in path
+        or normal == os.curdir
+        or Path(normal).parts[0] == os.pardir
+    )
+
+
+def _arguments(command: str, where: str) -> tuple[str, ...]:
+    """What follows `python -m bob`; raises BobError for what only a shell understands."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quotation that does not end
+        words = []
+    if words[:3] != ["python", "-m", "bob"] or _OF_A_SHELL.intersection(command):
+        raise BobError(
+            f"{where}.cmd is not one `python -m bob ...`, which is all that can be verified; give "
+            "each command a stage"
+        )
+    return tuple(words[3:])
+
+
+def _copy(source: Path, target: Path, name: str) -> None:
+    """Copy a file or a folder, for free where the file system can: never a link to the project.
+
+    Raises BobError for what is neither: a pipe, a link that leads nowhere.
+    """
+
+    def copy(one: str, to: str) -> None:
+        if not Path(one).is_file():
+            raise BobError(f"{one}, in {name}, is no file and no folder; remove it")
+        copy_file(str(one), str(to))
+
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, target, copy_function=copy_file)
+        # Bytecode would be read in the place of the sources.
+        bytecode = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, target, copy_function=copy, ignore=bytecode, dirs_exist_ok=True)
     else:
-        copy_file(str(source), str(target))
+        copy(str(source), str(target))
 
 
 def _remove(path: Path) -> None:
