@@ -65,6 +65,11 @@ SETTINGS = TINY | {
     "classify": {"epochs": 2, "seeds": [0, 1], "batch_size": 4, "warmup_epochs": 1},
 }
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)
+STATUSES = {
+    "SIGKILL": [-signal.SIGKILL],
+    "SIGTERM": [-signal.SIGTERM],
+    "SIGINT": [130, -signal.SIGINT],  # the latter when it has done its work
+}
 PLACES = (
     ".",
     ".dvc",
@@ -281,12 +286,8 @@ class Project:
         """What is wrong with the exit status and with what was said."""
         assert done.run
         status, kind = done.run.status, done.kind
-        expected = {"kill": (0, -9), "disk": (0, 1), "rights": (0, 1)}.get(kind, (0,))
-        if "SIGTERM" in done.fault:
-            expected = (0, -signal.SIGTERM)
-        elif "SIGINT" in done.fault:
-            expected = (0, 130, -signal.SIGINT)  # the latter when it has done its work
-        if status not in expected:
+        expected = {"disk": [1], "rights": [1]}.get(kind, STATUSES.get(done.fault.split()[0], []))
+        if status not in (0, *expected):
             yield f"exit status {status}"
         usual = set(self.undisturbed[done.stage].run.said.splitlines())
         # A blank line ends the one that the terminal's ^C is in.

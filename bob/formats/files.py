@@ -19,16 +19,17 @@ import psutil
 
 from bob.errors import BobError, shown
 
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _SOME_FILES = 16
 
 
 @contextmanager
 def naming(target: Path) -> Iterator[None]:
-    """Let an OSError name `target` where it names nothing: a file that is open does not know."""
+    """Let what writing raises name `target` where it names nothing: an open file does not know."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.errno in _OF_WRITING and error.filename is None:
             error.filename = str(target)
         raise
 

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 CALIBRATED = 64  # images of each kind, photos and synthetic
 BATCH = 8
-WRITTEN = 8  # times the size of the fp32 file, at most, that a conversion writes
+WRITTEN = 8  # times the size of the fp32 file: more than a conversion writes
 LARGEST_FP16 = float(np.finfo(np.float16).max)
 MAX_DROP = 0.005  # of top-1; one photo is always allowed
 MAX_DIFFERENT = 0.04  # of the classes named; likewise
