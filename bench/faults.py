@@ -236,7 +236,8 @@ class Project:
         if draw.random() < 0.5:
             rows = draw.sample(rows, draw.randint(0, len(rows)))
         forget(self.root, rows)
-        return len(rows)
+        # What `split` keeps in the index are no items that a log tells of.
+        return len(rows) if self.undisturbed[stage].items else 0
 
     def round(self, number: int, kind: str, stage: str, draw: random.Random) -> Round:
         """Break `stage` once, and run it again."""

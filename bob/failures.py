@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from bob.errors import LINE, shown
+from bob.errors import LINE, UNUSABLE, shown
 
 DEBUG = "BOB_DEBUG"
 """Environment variable; where it is 1, a traceback is printed instead of the line."""
@@ -106,6 +106,9 @@ def foreseen(error: BaseException, command: str) -> str:
         lower = f"lower {LOWER[command]}" if command in LOWER else "free memory"
         return f"{command}: out of memory ({_reason(error)}); {lower} and run it again"
     number = error.errno if isinstance(error, OSError) else None
+    sqlite = sys.modules.get("sqlite3")
+    if sqlite and isinstance(error, sqlite.Error):  # bob's own index tells of its errors itself
+        return f"a database of DVC's cannot be used ({_reason(error)}); {UNUSABLE}"
     if number in _FULL or _NO_SPACE in str(error):  # safetensors and torch have their own classes
         return f"{_place(error)} is full ({_reason(error)}); free space and run it again"
     if number in _FORBIDDEN:
