@@ -4,6 +4,8 @@ import sys
 from contextlib import suppress
 
 NAME, LINE = 200, 1000  # characters that are shown of a name, and of a line
+# SQLite often cannot tell which.
+UNUSABLE = "if its disk is full, free space; if it may not be written to, correct its permissions"
 
 
 class BobError(Exception):

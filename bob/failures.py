@@ -4,6 +4,7 @@ import errno
 import os
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 import traceback
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from bob.errors import LINE, shown
+from bob.errors import LINE, UNUSABLE, shown
 
 DEBUG = "BOB_DEBUG"
 """Environment variable; where it is 1, a traceback is printed instead of the line."""
@@ -62,6 +63,14 @@ def guarded(command: Callable[[], object]) -> None:
         except OSError:  # standard error may be what is full
             silence(sys.stderr)
         sys.exit(_status(error, line))
+    finally:
+        _end_at_once_by_ctrl_c()
+
+
+def _end_at_once_by_ctrl_c() -> None:
+    """What is left is Python's tidying up, which would print a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _flush() -> None:
@@ -97,6 +106,9 @@ def foreseen(error: BaseException, command: str) -> str:
         lower = f"lower {LOWER[command]}" if command in LOWER else "free memory"
         return f"{command}: out of memory ({_reason(error)}); {lower} and run it again"
     number = error.errno if isinstance(error, OSError) else None
+    sqlite = sys.modules.get("sqlite3")
+    if sqlite and isinstance(error, sqlite.Error):  # bob's own index tells of its errors itself
+        return f"a database of DVC's cannot be used ({_reason(error)}); {UNUSABLE}"
     if number in _FULL or _NO_SPACE in str(error):  # safetensors and torch have their own classes
         return f"{_place(error)} is full ({_reason(error)}); free space and run it again"
     if number in _FORBIDDEN:
@@ -118,7 +130,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    name = getattr(error, "filename", None)
+    # Of two names, a copy's second is what it writes.
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     return shown(os.fsdecode(name)) if isinstance(name, str | bytes) else "what it writes to"
 
 

@@ -1,7 +1,9 @@
 """Shared by all tests: one thread, no network, and a project folder to work in."""
 
+import ctypes
 import os
 import re
+import sys
 
 # Small networks gain nothing from a second thread, and with other processes beside them two
 # threads that wait for each other make the suite ten times slower. Before torch is imported.
@@ -37,6 +39,20 @@ def workspace(tmp_path, monkeypatch):
     """An empty folder as the current directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def bound_by_modes():
+    """Files' modes hold for this thread, though it be root's."""
+    if sys.platform != "linux":
+        pytest.skip("root's capabilities are Linux's")
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    # Of each half the first are the effective ones, which may be taken back.
+    assert libc.capset(header, (ctypes.c_uint32 * 6)(0, *sets[1:3], 0, *sets[4:6])) == 0
+    yield
+    assert libc.capset(header, sets) == 0
 
 
 @pytest.fixture

@@ -130,6 +130,11 @@ def test_bob_debug_shows_the_traceback_instead(project: Path) -> None:
             "results/x is full (No space left on device); free space and run it again",
         ),
         (
+            "raise OSError(errno.ENOSPC, 'No space left on device', 'data/a', None, 'results/a')",
+            1,
+            "results/a is full (No space left on device); free space and run it again",
+        ),
+        (
             "raise PermissionError(errno.EACCES, 'Permission denied', b'\\x1b')",
             1,
             "\\x1b may not be used (Permission denied); correct its permissions",
@@ -140,6 +145,11 @@ def test_bob_debug_shows_the_traceback_instead(project: Path) -> None:
             "what it writes to is full (I/O error: No space left on device (os error 28)); free",
         ),
         ("raise OSError(errno.EMFILE, 'Too many', 'x')", 70, "bob split: x: OSError: Too many at "),
+        (
+            "import sqlite3; raise sqlite3.OperationalError('disk I/O error')",
+            1,
+            "a database of DVC's cannot be used (disk I/O error); if its disk is full, free space",
+        ),
         ("raise ValueError('a\\nb\\u2028c' * 999)", 70, "bob split: ValueError: a b c"),
         ("raise RecursionError", 70, "bob split: RecursionError: "),
         ("import no_such_module", 1, f"{sys.executable} has no module 'no_such_module'; activate"),
@@ -206,6 +216,16 @@ def test_ctrl_c_is_quiet(project: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.stderr.read().strip() == ""
     assert process.returncode == 130
+
+
+def test_ctrl_c_after_the_work_is_done_is_quiet(tracked: Path) -> None:
+    code = (
+        "import atexit, os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    )
+    done = run(code, "split")
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    assert (tracked / "results/split/classes.json").exists()
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(project: Path) -> None:

@@ -1,6 +1,8 @@
 """Outputs are whole or not there."""
 
+import errno
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from bob.errors import BobError
 from bob.formats.files import (
+    check_room,
     read_json,
     read_jsonl,
     replacing,
@@ -55,6 +58,32 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(workspace):
         raise RuntimeError
     assert target.read_text() == "old"
     assert [path.name for path in workspace.iterdir()] == ["out.txt"]
+
+
+def test_what_was_there_stays_where_the_new_folder_cannot_take_its_place(workspace):
+    target = workspace / "out"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(FileNotFoundError), replacing(target) as folder:
+        folder.rmdir()
+    assert [path.name for path in target.iterdir()] == ["old"]
+    assert [path.name for path in workspace.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("way", [replacing, replacing_file])
+def test_an_error_that_names_no_file_names_the_output(workspace, way):
+    with pytest.raises(OSError) as caught, way(workspace / "out"):
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(workspace / "out")
+
+
+def test_a_disk_without_room_is_told(workspace):
+    check_room(workspace, 0)
+    with pytest.raises(OSError) as caught:
+        check_room(workspace, 2**62)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(workspace))
 
 
 def test_json_has_one_spelling_and_no_nan(workspace):

@@ -25,7 +25,8 @@ from bob.cache.recipe import code_hashes, item_key
 from bob.cache.wanted import Wanted
 from bob.cache.work import Work
 from bob.cli import cli
-from bob.errors import BobError
+from bob.dvc.repository import translated
+from bob.errors import UNUSABLE, BobError
 from bob.models import captioner, endpoint, sampling, vlm
 from bob.stages import split
 from tests.conftest import ROOT
@@ -497,6 +498,15 @@ def test_an_index_that_cannot_be_opened_is_told_in_one_line(repository):
     with pytest.raises(BobError, match=r"items\.sqlite, the index of the item cache") as caught:
         take()
     assert "\n" not in str(caught.value)
+
+
+def test_a_database_of_dvcs_that_cannot_be_used_is_told_in_one_line(repository, monkeypatch):
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(repository / "site"))
+    with pytest.raises(BobError) as caught, translated():
+        raise sqlite3.OperationalError("disk I/O error")
+    assert str(caught.value) == (
+        f"a database of DVC's in {repository / 'site'}: disk I/O error; {UNUSABLE}"
+    )
 
 
 # --- several processes -----------------------------------------------------------------------

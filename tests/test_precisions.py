@@ -1,6 +1,8 @@
 """The exported classifier in fp16 and int8: as good as fp32's file, or not there and told of."""
 
 import csv
+import errno
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from onnxruntime.quantization.shape_inference import quant_pre_process
 from safetensors.torch import load_file
 from torch import nn
 
@@ -233,6 +236,28 @@ def test_int8_is_tried_again_with_the_first_convolutions_in_float32(
 
 def logits_naming(*classes: int) -> Any:
     return np.eye(3, dtype=np.float32)[list(classes)]
+
+
+@pytest.mark.parametrize("free", ["bytes", "files"])
+def test_a_full_disk_is_not_taken_for_a_network_that_does_not_fit(
+    project: Path, monkeypatch: pytest.MonkeyPatch, free: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("SystemError : 28")  # as ONNX Runtime tells of it
+
+    images = torch.zeros(1, 3, 32, 32)
+    target = project / "results/small.onnx"
+    sizes = list(os.statvfs(project))
+    sizes[4 if free == "bytes" else 7] = 0  # f_bavail, f_favail
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(sizes))
+    monkeypatch.setitem(quantization.CONVERSIONS, "int8", [fail])
+    full = os.strerror(errno.ENOSPC)
+    with pytest.raises(OSError, match=full):
+        reduce("int8", layout.ONNX, target, images, images, torch.zeros(1))
+    logger = logging.getLogger(quant_pre_process.__module__)
+    with pytest.raises(OSError, match=full), quantization.full_disk_raised(1):
+        logger.error("Optimization Failed!")
+    assert not target.exists()
 
 
 def test_a_drop_of_top1_is_allowed_up_to_half_a_point_or_one_photo() -> None:

@@ -392,6 +392,18 @@ def test_a_network_that_takes_no_such_images_is_one_line(photo: Path, workspace:
     assert done.stderr.count("\n") == 1
 
 
+def test_a_folder_that_may_not_be_read_is_told_of_beside_the_photos(
+    workspace: Path, bound_by_modes: None
+) -> None:
+    draw("Blue Disc", 1).save(workspace / "a.png")
+    (workspace / "closed").mkdir(mode=0)
+    found = list(predictor.find_photos(["."]))
+    assert [(one.photo, one.error) for one in found] == [
+        ("a.png", ""),
+        ("./closed", "cannot be read (Permission denied)"),
+    ]
+
+
 def test_photos_come_from_folders_globs_and_a_list_in_order(
     project: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

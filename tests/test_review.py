@@ -81,6 +81,13 @@ def test_a_bad_line_is_named_with_what_to_do(tmp_path, line):
     assert path.read_text() == f"{LINE}{line}\n"
 
 
+def test_verdicts_that_may_not_be_read_are_not_taken_for_none(tmp_path, bound_by_modes):
+    assert rejected(tmp_path / "none") == frozenset()
+    (tmp_path / "review").mkdir(mode=0)
+    with pytest.raises(PermissionError):
+        rejected(tmp_path / "review")
+
+
 def test_verdicts_of_two_branches_merge_in_git(tmp_path):
     def git(*arguments):
         subprocess.run(

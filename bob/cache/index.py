@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bob.cache.recipe import Maker
-from bob.errors import BobError, tell
+from bob.errors import UNUSABLE, BobError, tell
 
 T = TypeVar("T")
 
@@ -292,7 +292,7 @@ class Index:
                 return self._attempt(work)
         except sqlite3.Error as error:
             path = os.path.relpath(self.path)
-            raise BobError(f"{path}, the index of the item cache: {error}") from None
+            raise BobError(f"{path}, the index of the item cache: {error}; {UNUSABLE}") from None
 
     def _attempt(self, work: Callable[[sqlite3.Connection], T]) -> T:
         if self.shared and not self.path.exists():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from bob.errors import BobError
+from bob.formats.files import replacing_file
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -64,9 +65,8 @@ def _clean(path: Path, root: Path) -> None:
         path.unlink()
         return
     if alive != lock:
-        draft = path.with_name(f"{path.name}.{os.getpid()}")
-        draft.write_text(json.dumps(alive), encoding="utf-8")
-        draft.replace(path)
+        with replacing_file(path) as draft:
+            draft.write_text(json.dumps(alive), encoding="utf-8")
 
 
 def _alive(lock: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Opening the DVC repository around a folder."""
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from bob.dvc import locks
-from bob.errors import BobError
+from bob.errors import UNUSABLE, BobError
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def translated(prefix: str = "") -> Iterator[None]:
-    """Raise DVC's own errors as a BobError of one line."""
+    """Raise DVC's own errors, and those of its databases, as a BobError of one line."""
+    from dvc.dirs import site_cache_dir
     from dvc.exceptions import DvcException
     from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
     from scmrepo.exceptions import SCMError
@@ -27,6 +29,8 @@ def translated(prefix: str = "") -> Iterator[None]:
         raise BobError(f"{prefix}{said}; `dvc status` shows where") from None
     except (DvcException, SCMError) as error:
         raise BobError(f"{prefix}{' '.join(str(error).split())}") from None
+    except sqlite3.Error as error:
+        raise BobError(f"a database of DVC's in {site_cache_dir()}: {error}; {UNUSABLE}") from None
 
 
 class OnRepository:

@@ -5,8 +5,9 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from bob.dvc.repository import OnRepository
+from bob.dvc.repository import OnRepository, translated
 from bob.errors import BobError
+from bob.formats.files import naming
 
 
 class ObjectStore(OnRepository):
@@ -46,7 +47,8 @@ class ObjectStore(OnRepository):
 
     def add(self, oid: str, content: bytes) -> None:
         """Write an object, whose name is the MD5 of `content`, also over one that is there."""
-        self._odb.add_bytes(oid, content)
+        with naming(self.path(oid)):
+            self._odb.add_bytes(oid, content)
         self._odb.protect(self._odb.oid_to_path(oid))
 
     def place(self, oids: Sequence[str], paths: Sequence[Path]) -> None:
@@ -187,14 +189,15 @@ class ObjectStore(OnRepository):
         """
         from dvc_data.hashfile.build import build
 
-        _, _, tree = build(
-            self._odb,
-            str(folder.absolute()),
-            self._odb.fs,
-            "md5",
-            dry_run=True,
-            ignore=self.repository.dvcignore,
-        )
+        with translated():
+            _, _, tree = build(
+                self._odb,
+                str(folder.absolute()),
+                self._odb.fs,
+                "md5",
+                dry_run=True,
+                ignore=self.repository.dvcignore,
+            )
         return {"/".join(parts): hash_info.value for parts, _, hash_info in tree}
 
 

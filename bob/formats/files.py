@@ -1,6 +1,7 @@
 """Files that are either whole or not there, and whose bytes depend on their content alone."""
 
 import csv
+import errno
 import fcntl
 import glob
 import hashlib
@@ -18,6 +19,20 @@ import psutil
 
 from bob.errors import BobError, shown
 
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_SOME_FILES = 16
+
+
+@contextmanager
+def naming(target: Path) -> Iterator[None]:
+    """Let what writing raises name `target` where it names nothing: an open file does not know."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _OF_WRITING and error.filename is None:
+            error.filename = str(target)
+        raise
+
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
@@ -30,16 +45,39 @@ def replacing(target: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", dir=target.parent))
     try:
         folder.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would follow the output to its consumers
-        yield folder
+        with naming(target):
+            yield folder
         if target.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=target.parent))
-            target.rename(old / target.name)
-            folder.rename(target)
-            shutil.rmtree(old)
+            _exchange(target, folder)
         else:
             folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(target: Path, new: Path) -> None:
+    """Put the folder `new` in the place of `target`, which stays where that fails."""
+    old = Path(tempfile.mkdtemp(prefix=f"{new.name}.", dir=target.parent))
+    try:
+        target.rename(old / target.name)
+        new.rename(target)
+    except BaseException:
+        if not target.exists():
+            (old / target.name).rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)  # the next to replace `target` removes what stays
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise OSError where the disk of `folder` has no room for `size` bytes and some files.
+
+    For after the failure of a library that does not say that the disk was full.
+    """
+    disk = os.statvfs(folder)
+    files = disk.f_favail if disk.f_files else _SOME_FILES  # some file systems do not count them
+    if disk.f_bavail * disk.f_frsize < size or files < _SOME_FILES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def _sweep(target: Path) -> None:
@@ -63,7 +101,8 @@ def replacing_file(target: Path) -> Iterator[Path]:
     _sweep(target)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        yield draft
+        with naming(target):
+            yield draft
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)

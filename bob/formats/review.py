@@ -35,10 +35,16 @@ class Verdict:
 def read_verdicts(folder: Path = REVIEW) -> dict[str, Verdict]:
     """Recipe -> verdict, by all files in the folder; raises BobError naming a line that is none."""
     verdicts: dict[str, Verdict] = {}
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in _files(folder):
         for recipe, one in _read(path).items():
             verdicts[recipe] = _stricter(verdicts.get(recipe), one)
     return verdicts
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of verdicts. `glob` would take a folder that may not be read for an empty one."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in inside if path.suffix == ".jsonl")
 
 
 def rejected(folder: Path = REVIEW) -> frozenset[str]:
@@ -60,7 +66,7 @@ def decide(changes: Mapping[str, Verdict | None], path: Path) -> list[Path]:
     removed, so that the folder is as before. Returns the files that are now other ones.
     """
     with locked(path.parent):
-        others = sorted(set(path.parent.glob("*.jsonl")) - {path})
+        others = [file for file in _files(path.parent) if file != path]
         # The new verdict first: killed before the old one has gone, a rejection still counts.
         return [file for file in (path, *others) if _change(file, changes, adding=file == path)]
 

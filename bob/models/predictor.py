@@ -229,10 +229,7 @@ def find_photos(arguments: Iterable[str]) -> Iterator[Prediction]:
 
 def _photos_of(argument: str) -> list[Prediction]:
     if Path(argument).is_dir():
-        inside = sorted(path for path in Path(argument).rglob("*") if _is_photo(path, argument))
-        return [Prediction(str(path)) for path in inside] or [
-            Prediction(argument, error="a folder without photos")
-        ]
+        return _inside(Path(argument)) or [Prediction(argument, error="a folder without photos")]
     if not Path(argument).exists() and glob.has_magic(argument):
         matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 (may be absolute)
         return [one for match in matches for one in _photos_of(match)] or [
@@ -241,7 +238,21 @@ def _photos_of(argument: str) -> list[Prediction]:
     return [Prediction(argument)]
 
 
-def _is_photo(path: Path, folder: str) -> bool:
+def _inside(folder: Path) -> list[Prediction]:
+    """A photo for each file in a folder, and an error for each folder in it that cannot be read."""
+    unread: list[Prediction] = []
+
+    def note(error: OSError) -> None:
+        unread.append(Prediction(str(error.filename), error=f"cannot be read ({error.strerror})"))
+
+    found = [
+        Path(where, name) for where, _, names in os.walk(folder, onerror=note) for name in names
+    ]
+    photos = sorted(path for path in found if _is_photo(path, folder))
+    return [*(Prediction(str(path)) for path in photos), *unread]
+
+
+def _is_photo(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
 

@@ -6,8 +6,10 @@ activations uint8 (on x86, ONNX Runtime has fast kernels for these alone), with 
 have on calibration images.
 """
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,10 +32,13 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import Tensor
 
+from bob.formats.files import check_room
+
 T = TypeVar("T")
 
 CALIBRATED = 64  # images of each kind, photos and synthetic
 BATCH = 8
+WRITTEN = 8  # times the size of the fp32 file: more than a conversion writes
 LARGEST_FP16 = float(np.finfo(np.float16).max)
 MAX_DROP = 0.005  # of top-1; one photo is always allowed
 MAX_DIFFERENT = 0.04  # of the classes named; likewise
@@ -82,6 +87,10 @@ def reduce(
         except DoesNotFitError as error:
             check = Check(False, str(error))
         except Exception as error:  # each tool raises its own, where it cannot take a network
+            for folder in (tempfile.gettempdir(), target.parent):
+                check_room(Path(folder), WRITTEN * source.stat().st_size)
+            if isinstance(error, OSError | MemoryError):  # of the machine, and not of the network
+                raise
             check = Check(False, f"ONNX Runtime fails: {' '.join(str(error).split())}")
         if check.survived:
             return check
@@ -171,7 +180,8 @@ def to_int8(source: Path, target: Path, calibration: Tensor, first: int = 0) -> 
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         # The shape inference of onnx suffices; the symbolic one is of no more use here.
-        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        with full_disk_raised(source.stat().st_size):
+            quant_pre_process(source, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared).graph
         # A transformer's residual stream grows with depth: too much for 256 steps.
         normalised = any(node.op_type == "LayerNormalization" for node in graph.node)
@@ -198,6 +208,31 @@ def to_int8(source: Path, target: Path, calibration: Tensor, first: int = 0) -> 
     kept = {prop.key: prop.value for prop in onnx.load(source).metadata_props}
     onnx.helper.set_model_props(proto, kept)
     target.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+class _FullDisk(logging.Handler):
+    """Raises OSError at a message where the disk has less than `size` bytes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(logging.ERROR)
+        self.size = size
+
+    def emit(self, record: logging.LogRecord) -> None:
+        check_room(Path(tempfile.gettempdir()), self.size)
+
+
+@contextmanager
+def full_disk_raised(size: int) -> Iterator[None]:
+    """Raise OSError where the preparation finds the disk full.
+
+    It would log that, and go on with a network that is not optimized: another result.
+    """
+    logger, handler = logging.getLogger(quant_pre_process.__module__), _FullDisk(size)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def up_to_convolution(graph: onnx.GraphProto, number: int) -> list[str]:
