@@ -164,29 +164,39 @@ class ItemCache:
         if os.environ.get(TRIALS) == "strict":
             return {}
         taken: dict[str, Row] = {}
+        made: dict[str, Row] = {}  # by trials, each of which speaks of all who have made the same
         same, different = self._trials.judged(wanted)
         # Those known to make the same first, then those that have made the most.
         for maker in sorted(made_by, key=lambda one: (one not in same, -len(made_by[one]), one)):
             if maker in different or (maker not in same and not wanted.on_trial):
                 continue  # before anything is hashed
             rows = self._whole(
-                (row for recipe, row in made_by[maker].items() if recipe not in taken),
+                (
+                    row
+                    for recipe, row in made_by[maker].items()
+                    if recipe not in taken or (recipe in made and maker not in same)
+                ),
                 fetch=maker in same,  # a trial compares names of objects, and may fail
             )
-            if not rows:
+            if rows.keys() <= taken.keys():
                 continue
             if maker not in same:
-                self._check_may_make(len(missing) - len(taken), len(position))
-                places = [position[recipe] for recipe in rows]
-                chosen = self._trials.chosen(wanted, places, batch_size)
-                tried = Making(self, wanted, work, batch_size).of([chosen])
-                self._tried += len(tried)
-                taken |= tried
+                chosen = self._trials.chosen(wanted, (position[one] for one in rows), batch_size)
+                recipes = [wanted.recipes[place] for place in chosen]
+                tried = {recipe: made[recipe] for recipe in recipes if recipe in made}
+                if len(tried) < len(chosen):
+                    self._check_may_make(len(missing) - len(taken), len(position))
+                    places = [position[recipe] for recipe in rows if recipe not in taken]
+                    chosen = self._trials.chosen(wanted, places, batch_size)
+                    tried = Making(self, wanted, work, batch_size).of([chosen])
+                    self._tried += len(tried)
+                    made |= tried
+                    taken |= tried
                 if unequal := self._trials.record(wanted, rows, tried):
                     self._report(wanted, rows, tried, unequal)
                     continue
                 same, different = self._trials.judged(wanted)
-                rows = self._whole(row for recipe, row in rows.items() if recipe not in tried)
+                rows = self._whole(row for recipe, row in rows.items() if recipe not in taken)
             taken |= rows
             self.reused += len(rows)
             self._by_others += len(rows)
