@@ -220,7 +220,7 @@ def page(rows: Sequence[Row], about: Mapping[str, str], code: Mapping[str, str])
         for arm, seeds in results.items()
         if is_judged(seeds) and is_judged(results.get(BOB, {}))
     ]
-    if judged:
+    if any(one.arm != BOB for one in judged):
         parts += [
             "## Verdicts, on test",
             f"Data seeds {VERDICT[0]} to {VERDICT[-1]}, which nothing was tuned on; each arm once. "

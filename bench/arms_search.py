@@ -1,6 +1,6 @@
 """Staged searches of a training recipe on validation, for `bench.arms`.
 
-A full grid would have 108 recipes for real only. Instead each stage varies a few settings about the
+A full grid would have 216 recipes for real only. Instead each stage varies a few settings about the
 best of the stage before: what the images become, how long and how fast it trains, what restrains
 it. A stage is begun when all of the one before have been measured under all data seeds of the call;
 best is the highest mean of validation top-1 over them, of equals the first.

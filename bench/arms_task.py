@@ -105,7 +105,10 @@ def few_shot_project(values: Mapping[str, Any], data_seed: int) -> Iterator[None
         )
     kept = Path("build").absolute()
     kept.mkdir(exist_ok=True)
-    with sandbox(values) as folder, contextlib.chdir(folder):
+    with contextlib.ExitStack() as stack:
+        with contextlib.redirect_stdout(io.StringIO()):  # DVC says that there is a repository
+            folder = stack.enter_context(sandbox(values))
+        stack.enter_context(contextlib.chdir(folder))
         Path("build").symlink_to(kept)  # the workspace's, for what no item cache has
         for stage in (draw, split, caption):
             _run(stage, values)

@@ -69,13 +69,20 @@ def shots(project):
             yield FewShot(read_yaml(project / "params.yaml"), Options(), 0)
 
 
-def fields_of(images):
-    return [(image.class_name, image.context) for image in images.about]
+def images_of(what):
+    assert what.images is not None
+    return what.images
+
+
+def planned(what):
+    """Class and context of each image."""
+    return [(image.class_name, image.context) for image in images_of(what).about]
 
 
 # --- what arms train on ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_arm_trains_on_as_many_images_as_bob(shots):
     whole = len(arms_sets.bob(shots).synthetic)
     assert whole == 4 * 4
@@ -118,23 +125,23 @@ def test_shuffled_labels_stay_within_the_family(shots):
 
 
 def test_foreign_images_are_of_no_class_of_the_task(shots):
-    images = arms_sets.foreign(shots).images
+    images = images_of(arms_sets.foreign(shots))
     assert not {image.class_name for image in images.about} & set(shots.task.classes)
     assert not any(name in images.about[0].prompt for name in shots.task.classes)
     assert set(images.labelled.labels) == {0, 1, 2, 3}
 
 
 def test_balanced_contexts_are_the_same_for_every_class_and_a_prefix_of_more(shots):
-    few = arms_sets.balanced(shots).images
+    few = arms_sets.balanced(shots)
     by_class = {
-        name: [context for other, context in fields_of(few) if other == name]
+        name: [context for other, context in planned(few) if other == name]
         for name in shots.task.classes
     }
     assert len({tuple(contexts) for contexts in by_class.values()}) == 1
     assert len(shots.bank) == 8
     values = {**shots.values, "generate": {**shots.values["generate"], "images_per_class": 16}}
-    more = arms_sets.balanced(FewShot(values, Options(), 0)).images
-    own = [context for name, context in fields_of(more) if name == shots.task.classes[0]]
+    more = arms_sets.balanced(FewShot(values, Options(), 0))
+    own = [context for name, context in planned(more) if name == shots.task.classes[0]]
     assert own[:4] == by_class[shots.task.classes[0]]
     assert Counter(own) == Counter(
         {e.context: 2 for e in shots.bank}
@@ -144,7 +151,7 @@ def test_balanced_contexts_are_the_same_for_every_class_and_a_prefix_of_more(sho
 
 def test_recombined_contexts_are_pairs_that_no_photo_has(shots):
     values = {**shots.values, "generate": {**shots.values["generate"], "images_per_class": 16}}
-    made = fields_of(arms_sets.recombined(FewShot(values, Options(), 0)).images)
+    made = planned(arms_sets.recombined(FewShot(values, Options(), 0)))
     seen = {entry.context for entry in shots.bank}
     assert {context.background for _, context in made} <= {one.background for one in seen}
     assert {context for _, context in made} - seen
@@ -152,13 +159,13 @@ def test_recombined_contexts_are_pairs_that_no_photo_has(shots):
 
 def test_clusters_need_no_captioner(shots, monkeypatch):
     monkeypatch.setattr(FewShot, "contexts_seen", None)
-    images = arms_sets.clusters(shots).images
+    images = images_of(arms_sets.clusters(shots))
     assert all("number" in image.prompt and "sky" not in image.prompt for image in images.about)
 
 
 def test_soft_labels_are_a_mean_of_what_was_asked_for_and_what_is_said(shots):
     what = arms_sets.soft_labels(shots)
-    assert what.soft.shape == (16, 4)
+    assert what.soft is not None and what.soft.shape == (16, 4)
     assert what.soft.sum(1) == pytest.approx(torch.ones(16))
     asked = what.soft[torch.arange(16), torch.tensor(what.synthetic.labels)]
     assert (asked >= 0.5).all() and (asked < 1).any()
@@ -200,35 +207,45 @@ def test_a_filter_drops_the_worst_of_each_class():
 @pytest.mark.parametrize("critic", arms_critics.CRITICS)
 def test_every_critic_judges_all_images(shots, critic):
     what = arms_filters.filtered(critic, 30)(shots)
-    assert len(what.synthetic) == 16 - 4 and len(what.images) == 12
+    assert len(what.synthetic) == 16 - 4 and len(images_of(what)) == 12
     assert Counter(what.synthetic.labels) == Counter(dict.fromkeys(range(4), 3))
     assert what.figures.keys() == {"wrong", "wrong_dropped", "unfamiliar_dropped"}
 
 
 def test_a_cross_fitted_critic_has_not_seen_what_it_judges(shots, monkeypatch):
-    seen = []
+    judged, seen = [], []
+
+    def probabilities(self, trainer, paths):
+        judged.append(set(paths))
+        seen.append(set(trainer._synthetic.paths))
+        return torch.full((len(paths), 4), 0.25)
+
     monkeypatch.setattr(FewShot, "trained", lambda self, trainer, seed: trainer)
-    monkeypatch.setattr(
-        FewShot,
-        "probabilities",
-        lambda self, trainer, paths: (
-            seen.append(set(paths) & set(trainer._synthetic.paths))
-            or torch.full((len(paths), 4), 0.25)
-        ),
-    )
+    monkeypatch.setattr(FewShot, "probabilities", probabilities)
     images = shots.bobs_images()
     assert arms_critics.cross_fitted(shots, images, (0, 1)).sum(1) == pytest.approx(torch.ones(16))
-    assert seen == [set()] * 6
+    assert [len(paths) for paths in judged] == [6, 6, 5, 5, 5, 5]
+    pairs = list(zip(judged, seen, strict=True))
+    assert all(one | other == set(images.labelled.paths) for one, other in pairs)
+    assert not any(one & other for one, other in pairs)
 
 
 # --- samplers ----------------------------------------------------------------------------------
 
 
-def maker(**options):
-    settings = {"sampler": "dpmsolver++", "steps": 6, "guidance_scale": 3.0, "precision": "fp32"}
-    own = {"solver": "", "spacing": "", "interval": (0.0, math.inf)} | options
-    base, lora = ROOT / "models/miniature-base", Path("results/finetune/lora")
-    return ArmMaker(base, lora, batch_size=2, **settings, **own)
+def maker(solver="", spacing="", interval=(0.0, math.inf)):
+    return ArmMaker(
+        ROOT / "models/miniature-base",
+        Path("results/finetune/lora"),
+        sampler="dpmsolver++",
+        steps=6,
+        guidance_scale=3.0,
+        precision="fp32",
+        batch_size=2,
+        solver=solver,
+        spacing=spacing,
+        interval=interval,
+    )
 
 
 def test_other_samplers_make_other_images_under_other_names(shots):
@@ -392,6 +409,7 @@ def test_an_arm_is_judged_once_and_a_verdict_that_was_killed_goes_on(workspace, 
     assert "begun with other code" in invoke("balanced", "--verdict").output
 
 
+@pytest.mark.slow
 def test_test_is_measured_for_a_verdict_alone(workspace, monkeypatch):
     monkeypatch.setattr(FewShot, "tested", lambda self, weights: 12.5)
     for seed, test in ((1, math.nan), (21, 12.5)):
