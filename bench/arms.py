@@ -29,8 +29,14 @@ from typing import Any
 import click
 from ruamel.yaml import YAML
 
-from bench import arms_filters, arms_sampling, arms_sets, arms_task, arms_training
-from bench.arms_critics import CRITICS
+from bench import (
+    arms_critics,
+    arms_filters,
+    arms_sampling,
+    arms_sets,
+    arms_task,
+    arms_training,
+)
 from bench.arms_results import (
     BOB,
     JUDGED_BY,
@@ -55,6 +61,13 @@ from bob.formats.presets import nearest
 from bob.models import finetuning, sampling, training
 
 DATADREAM = {"finetune.context": "none", "generate.context": "none"}
+
+
+HARNESS = (arms_task, arms_training, arms_sampling, arms_critics)
+# Read now: a file that is edited during a long run is not what has measured.
+SOURCES = {
+    one.__name__: bare(inspect.getsource(one)) for one in (*HARNESS, arms_sets, arms_filters)
+}
 
 
 @dataclass(frozen=True)
@@ -85,11 +98,10 @@ class Arm:
     @cached_property
     def code(self) -> str:
         """Short hash of what decides its figures: the arm's module, the harness, bob's makers."""
-        modules = (inspect.getmodule(self.make), arms_task, arms_training, arms_sampling)
         makers = [
             maker_of(one.MADE_BY, one.LIBRARIES).id for one in (training, sampling, finetuning)
         ]
-        sources = [bare(inspect.getsource(module)) for module in modules if module]
+        sources = [SOURCES[self.make.__module__], *(SOURCES[one.__name__] for one in HARNESS)]
         return hashlib.sha256(repr([*sources, *makers]).encode()).hexdigest()[:12]
 
 
@@ -101,7 +113,7 @@ def _filters(of: str, changes: Mapping[str, Any]) -> list[Arm]:
             arms_filters.filtered(critic, percent),
             changes,
         )
-        for critic in CRITICS
+        for critic in arms_critics.CRITICS
         for percent in arms_filters.SHARES
     ]
 
@@ -199,7 +211,9 @@ def measure(arm: Arm, data_seed: int, classifiers: Sequence[int], results: Path)
     shots = FewShot(arm.values, arm.options, data_seed)
     what = arm.make(shots)
     trainer = shots.trainer(what)
+    made = time.monotonic()
     figures = {**what.figures, **(shots.leakage(what.images) if what.images else {})}
+    began += time.monotonic() - made  # to look at the images is no cost of the arm
     rows = []
     for number in classifiers:
         weights = shots.trained(trainer, number, with_synthetic=len(what.synthetic) > 0)
