@@ -212,7 +212,11 @@ def measure(arm: Arm, data_seed: int, classifiers: Sequence[int], results: Path)
     what = arm.make(shots)
     trainer = shots.trainer(what)
     made = time.monotonic()
-    figures = {**what.figures, **(shots.leakage(what.images) if what.images else {})}
+    figures = dict(what.figures)
+    if what.images:
+        # A filter's is the finding, for which all images are asked about; else a sample will do.
+        whole = len(what.images) if figures else arm.values["audit"]["captioned_per_class"]
+        figures |= shots.leakage(what.images, whole)
     began += time.monotonic() - made  # to look at the images is no cost of the arm
     rows = []
     for number in classifiers:

@@ -7,6 +7,7 @@ arm and a study, both want is made once, and no result of the workspace is touch
 import contextlib
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -19,7 +20,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from bench.arms_sampling import SOLVERS, ArmMaker
-from bench.arms_training import ArmTrainer
+from bench.arms_training import ArmTrainer, chosen
 from bob.cache.items import ItemCache
 from bob.cache.work import Work
 from bob.commands.study.drawn import sandbox
@@ -307,15 +308,23 @@ class FewShot:
             for place in range(len(photos))
         ]
 
-    def leakage(self, images: Images) -> dict[str, float]:
+    def leakage(self, images: Images, per_class: int) -> dict[str, float]:
         """How much the contexts that the captioner sees in images tell of their labels.
 
-        Adjusted mutual information, as in the audit: 1 where the one decides the other, 0 at
-        chance. The miniature's captioner has few enough phrases to be taken as they are.
+        Of the first `per_class` of each label. Adjusted mutual information, as in the audit: 1
+        where the one decides the other, 0 at chance. The miniature's captioner has few enough
+        phrases to be taken as they are.
         """
-        paths, labels = images.labelled.paths, images.labelled.labels
-        seen = self.contexts_seen(paths, [self.task.classes[label] for label in labels])
-        both = [(label, one) for label, one in zip(labels, seen, strict=True) if one]
+        count: Counter[int] = Counter()
+        places = []
+        for place, label in enumerate(images.labelled.labels):
+            count[label] += 1
+            if count[label] <= per_class:
+                places.append(place)
+        first = chosen(images.labelled, places)
+        names = [self.task.classes[label] for label in first.labels]
+        pairs = zip(first.labels, self.contexts_seen(first.paths, names), strict=True)
+        both = [(label, one) for label, one in pairs if one]
         return {
             f"leakage_{attribute}": float(
                 adjusted_mutual_info_score(

@@ -22,6 +22,7 @@ from bench.arms_task import FewShot, Options, few_shot_project
 from bob.cache.items import ItemCache
 from bob.errors import BobError
 from bob.formats.params import read_yaml
+from bob.formats.prompts import Context
 from bob.miniature.world import TASK
 from bob.models.training import Trainer
 from bob.stages import classify
@@ -192,6 +193,21 @@ def test_augmentation_and_soft_targets_change_what_is_served_and_nothing_else(sh
     assert torch.equal(plain, same) and torch.equal(targets, same_targets)
     assert smooth.max().item() == pytest.approx(0.9 + 0.1 / 4)
     assert not torch.equal(plain, other) and other.shape == plain.shape
+
+
+def test_leakage_is_of_the_contexts_that_are_seen(shots, monkeypatch):
+    asked = []
+
+    def seen(self, paths, names):
+        asked.append(len(paths))
+        return [Context(name, f"pose {number % 2}") for number, name in enumerate(names)]
+
+    monkeypatch.setattr(FewShot, "contexts_seen", seen)
+    images = shots.bobs_images()
+    leakage = shots.leakage(images, 2)
+    assert leakage["leakage_background"] == pytest.approx(1) and leakage["leakage_pose"] < 0.01
+    shots.leakage(images, 100)
+    assert asked == [8, 16]
 
 
 # --- filters -----------------------------------------------------------------------------------
