@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +73,7 @@ def foreign(shots: FewShot) -> TrainingSet:
             families.setdefault(variant.family, []).append(variant.name)
     pairs = itertools.chain.from_iterable(names[:2] for names in families.values())
     task = Task(shots.task.descriptor, tuple(itertools.islice(pairs, len(shots.task.classes))))
-    images = _of_bank(shots, shots.bank, task=task, classes=task.classes)
+    images = _of_bank(shots, shots.bank, task=task)
     return TrainingSet(shots.real, images.labelled, images=images)
 
 
@@ -130,7 +129,7 @@ def clusters(shots: FewShot) -> TrainingSet:
         for content, number in zip(shots.real.sha256, found, strict=True)
     }
     bank = with_contexts(shots.bank, (by_photo[entry.image] for entry in shots.bank))
-    images = _of_bank(shots, bank, bank=bank)
+    images = _of_bank(shots, bank, trained_with=bank)
     return TrainingSet(shots.real, images.labelled, images=images)
 
 
@@ -270,9 +269,17 @@ def _in_contexts(shots: FewShot, contexts: Mapping[str, Sequence[Context]]) -> I
     return shots.generated(plan)
 
 
-def _of_bank(shots: FewShot, pool: Sequence[Entry], **options: Any) -> Images:
-    """BOB's plan with contexts drawn from another bank."""
-    task, settings = options.pop("task", shots.task), shots.generating
+def _of_bank(
+    shots: FewShot,
+    pool: Sequence[Entry],
+    *,
+    task: Task | None = None,
+    trained_with: Sequence[Entry] = (),
+) -> Images:
+    """BOB's plan with contexts drawn from another bank; labels are places in the task's classes."""
+    task, settings = task or shots.task, shots.generating
     return shots.generated(
-        lambda common: generate.images_of(task, pool, settings, common), **options
+        lambda common: generate.images_of(task, pool, settings, common),
+        task.classes,
+        trained_with,
     )

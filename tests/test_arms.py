@@ -125,6 +125,14 @@ def test_shuffled_labels_stay_within_the_family(shots):
     assert all(family[one] == family[other] for one, other in pairs)
 
 
+def test_the_controls_without_a_generator_cost_no_evaluation(shots):
+    made = FewShot(shots.values, Options(), 0)
+    drawn, again = arms_sets.drawn(made), arms_sets.again(made)
+    assert Counter(drawn.synthetic.labels) == Counter(dict.fromkeys(range(4), 4))
+    assert not set(drawn.synthetic.sha256) & set(shots.real.sha256)
+    assert again.synthetic == again.real == shots.real and made.evaluations == 0
+
+
 def test_foreign_images_are_of_no_class_of_the_task(shots):
     images = images_of(arms_sets.foreign(shots))
     assert not {image.class_name for image in images.about} & set(shots.task.classes)
