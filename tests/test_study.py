@@ -21,9 +21,17 @@ from scipy import stats
 from bench.counted import made
 from bob.cache.items import TRIALS
 from bob.commands import study as studies
-from bob.commands.study import banks, page, plan, queue, samples
+from bob.commands.study import banks, page, plan, queue, samples, statistics
 from bob.commands.study.results import Row, read_results, write_results
-from bob.commands.study.statistics import mean_interval, paired_interval, ratio_interval
+from bob.commands.study.statistics import (
+    holm,
+    mean_interval,
+    p_value,
+    paired_interval,
+    ratio_interval,
+    smallest_visible,
+    two_level_interval,
+)
 from bob.errors import BobError
 from bob.formats.files import write_jsonl
 from bob.formats.prompts import Context, Entry, read_bank
@@ -113,6 +121,54 @@ def test_the_interval_of_a_ratio_covers_the_truth_as_often_as_it_says():
 def test_a_ratio_to_something_near_zero_is_unbounded():
     interval = ratio_interval([5.0, 6.0, 7.0], [0.5, -0.4, 0.3])
     assert np.isnan(interval.low)
+
+
+def test_the_bootstrap_covers_the_truth_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 4000)
+    random = np.random.default_rng(0)
+    for count, tolerance in ((5, 0.04), (10, 0.03)):
+        covered = []
+        for trial in range(200):
+            seeds = random.normal(1, 2, (count, 1)) + random.normal(0, 2, (count, 3))
+            interval = two_level_interval(seeds.tolist(), trial)
+            covered.append(interval.low <= 1 <= interval.high)
+        assert np.mean(covered) == pytest.approx(0.95, abs=tolerance)
+
+
+def test_the_bootstrap_goes_by_data_seeds_and_not_by_how_many_classifiers_there_are():
+    alike = [[one] * 3 for one in (1.0, 2.0, 4.0, 5.0, 8.0)]
+    many = two_level_interval([one * 20 for one in alike])
+    few = two_level_interval(alike)
+    assert few.mean == many.mean == 4
+    assert (few.low, few.high) == pytest.approx((many.low, many.high), abs=0.3)
+    student = mean_interval([1, 2, 4, 5, 8])
+    assert few.high - few.low == pytest.approx(student.high - student.low, rel=0.25)
+    assert two_level_interval(alike) == few, "the same numbers every time"
+    assert np.isnan(two_level_interval([[1.0, 2.0]]).low)
+
+
+def test_holms_correction_is_the_textbooks():
+    # R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm")
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert str(holm([float("nan"), 0.02])) == str([float("nan"), 0.02]), "which is no test"
+
+
+def test_the_smallest_visible_difference_is_seen_with_80_percent():
+    # Table: with 5 pairs an effect of 1.68 standard deviations has a power of 80 %, with 10 of 1.0.
+    assert smallest_visible([1, 2, 3, 4, 5]) / np.std([1, 2, 3, 4, 5], ddof=1) == pytest.approx(
+        1.6823, abs=1e-3
+    )
+    random = np.random.default_rng(0)
+    sample = random.normal(0, 1, 10)
+    sample /= np.std(sample, ddof=1)
+    seen = random.normal(smallest_visible(list(sample)), 1, (4000, 10))
+    assert np.mean(stats.ttest_1samp(seen, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.02)
+
+
+def test_a_test_of_one_value_says_nothing():
+    assert np.isnan(p_value([1.0])) and np.isnan(smallest_visible([1.0]))
+    assert p_value([1.0, 1.0]) == 0 and p_value([0.0, 0.0]) == 1
 
 
 # --- the file --------------------------------------------------------------------------------
@@ -532,9 +588,28 @@ def test_a_claim_holds_where_the_paired_interval_lies_above_zero(project):
     assert verdicts(measured(runs)) == ["holds", "holds", "shown, not judged"]
     text = page_text()
     assert "| BOB | 81.00 | 78.52 to 83.48 | 3 |" in text
-    assert f"| BOB {page.MINUS} DataDream | 10.00 | 10.00 to 10.00 | yes |" in text
+    assert (
+        f"| BOB {page.MINUS} DataDream | 10.00 | 10.00 to 10.00 | yes | < 0.001 | 0.000 |" in text
+    )
     assert "not claimed" in text
     assert "8 of 8 runs are measured" in text
+
+
+def test_p_values_are_corrected_for_all_claims_and_one_difference_counts_once(project):
+    study, claim = SMALL.split("  - id: f")[0], SMALL.split("claims:\n")[1].split("  - id: e")[0]
+    both = "expect: [{larger: BOB, smaller: DataDream}, {larger: BOB, smaller: real}]"
+    twice = f"{study}{claim.replace('id: a', 'id: b')}"
+    (project / "small.yaml").write_text(re.sub(r"expect: \[{.*", both, twice))
+    rows = measured(small().runs())
+    for row in rows:
+        row.metrics["top1"] -= row.metrics["leak"] * 100 if row.setting == "none" else 0.0
+    page.write(small(), rows)
+    bob, none, real = ([80.0 + n for n in (2, 0, 1)], [72.0, 71.0, 69.0], [61.0, 60.0, 61.0])
+    two = [statistics.p_value(np.subtract(bob, other).tolist()) for other in (none, real)]
+    corrected = statistics.holm(two)
+    assert corrected == [two[0], 2 * two[1]] and two[0] > 0.001
+    lines = [line for line in page_text().splitlines() if f"BOB {page.MINUS} DataDream" in line]
+    assert len(lines) == 2 and all(f"| yes | {two[0]:.3f} |" in line for line in lines)
 
 
 def test_a_claim_does_not_hold_where_the_interval_reaches_zero(project):

@@ -24,7 +24,15 @@ from bob.commands.study.plan import (
 )
 from bob.commands.study.results import Row, value
 from bob.commands.study.samples import refuted
-from bob.commands.study.statistics import Interval, mean_interval, paired_interval, ratio_interval
+from bob.commands.study.statistics import (
+    Interval,
+    holm,
+    mean_interval,
+    p_value,
+    paired_interval,
+    ratio_interval,
+    smallest_visible,
+)
 from bob.formats.files import replacing, replacing_file
 
 HOLDS, FAILS, OPEN, SHOWN = "holds", "does not hold", "not measured yet", "shown, not judged"
@@ -60,7 +68,8 @@ def write(study: Study, rows: Sequence[Row]) -> str:
         parts.append(f"![{study.figure.title}]({study.plots.name}/figure.png)")  # type: ignore[union-attr]
     published = [_published(table, results) for table in study.tables]
     parts += [*published, _summary(tables)]
-    parts += [_section(table, study.plots.name, sheets) for table in tables]
+    corrected = _corrected(tables)
+    parts += [_section(table, study.plots.name, sheets, corrected) for table in tables]
     with replacing_file(study.page) as draft:
         draft.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
     verdicts = [f"{_heading(table.claim)}: {table.verdict}" for table in tables]
@@ -94,6 +103,16 @@ class Table:
     def difference(self, named: Mapping[str, str]) -> Interval:
         """Of the rows `larger` and `smaller`, paired by data seed."""
         return paired_interval(self.values[named["larger"]], self.values[named["smaller"]])
+
+    def compared(self, named: Mapping[str, str]) -> tuple["Measure", "Measure"]:
+        """What the rows `larger` and `smaller` show."""
+        shown = {arm.label: (arm.setting.name, arm.metric) for arm in self.claim.arms}
+        return shown[named["larger"]], shown[named["smaller"]]
+
+    def paired(self, named: Mapping[str, str]) -> list[float]:
+        """The difference under each of `seeds`."""
+        rows = (self.values[named["larger"]], self.values[named["smaller"]])
+        return [larger - smaller for larger, smaller in zip(*rows, strict=True)]
 
     @property
     def verdict(self) -> str:
@@ -133,9 +152,11 @@ def _provenance(study: Study, results: Results) -> str:
     if study.claims:
         lines.append(
             "Tables give means over data seeds with their 95 % confidence intervals, and "
-            "differences paired by data seed with theirs (Student's t, no correction for the "
-            "number of claims). A claim holds where the interval of every difference that it names "
-            "lies above zero, on all data seeds planned."
+            "differences paired by data seed with theirs (Student's t). A claim holds where the "
+            "interval of every difference that it names lies above zero, on all data seeds "
+            "planned. *p, Holm* is the p-value of such a difference (two-sided), corrected for the "
+            "number of all of them; *visible* is the smallest true difference that as many data "
+            "seeds, with that spread, would show with 80 % power."
         )
     if study.tables:
         lines.append(
@@ -253,7 +274,27 @@ def _summary(tables: Sequence[Table]) -> str:
     return _markdown(["", "claim", ""], rows)
 
 
-def _section(table: Table, plots: str, sheets: Collection[str]) -> str:
+Measure = tuple[str, str]
+"""A setting's name and a metric: what a row shows, whatever its label is."""
+Corrected = Mapping[tuple[Measure, Measure], float]
+"""The larger and the smaller of an expected difference -> p-value after Holm's correction."""
+
+
+def _corrected(tables: Sequence[Table]) -> Corrected:
+    """For all differences that decide a claim and are measured: one family of tests.
+
+    What two claims both expect is one test.
+    """
+    tests = {
+        table.compared(named): p_value(table.paired(named))
+        for table in tables
+        for named in table.claim.expect
+        if table.seeds
+    }
+    return dict(zip(tests, holm(list(tests.values())), strict=True))
+
+
+def _section(table: Table, plots: str, sheets: Collection[str], corrected: Corrected) -> str:
     claim = table.claim
     parts = [f"## {_heading(claim)}", claim.about.strip()]
     if not table.seeds:
@@ -269,7 +310,7 @@ def _section(table: Table, plots: str, sheets: Collection[str]) -> str:
         )
     )
     if claim.differences:
-        parts.append(_differences(table, unit))
+        parts.append(_differences(table, unit, corrected))
     if claim.share:
         of, start, end = (table.values[claim.share[key]] for key in ("of", "from", "to"))
         share = ratio_interval(*([a - b for a, b in zip(x, start, strict=True)] for x in (of, end)))
@@ -295,21 +336,35 @@ def _section(table: Table, plots: str, sheets: Collection[str]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _differences(table: Table, unit: str) -> str:
+def _differences(table: Table, unit: str, corrected: Corrected) -> str:
     decisive = len(table.claim.expect)
     return _markdown(
-        [f"difference{unit}", "mean", "95 % interval", "above zero"],
+        [f"difference{unit}", "mean", "95 % interval", "above zero", "p, Holm", "visible"],
         [
             [
                 f"{named['larger']} {MINUS} {named['smaller']}",
                 _number(interval.mean),
                 _ends(interval),
                 ("yes" if interval.low > 0 else "no") if number < decisive else "not claimed",
+                _p(corrected[table.compared(named)]) if number < decisive else DASH,
+                _visible(table.paired(named)),
             ]
             for number, named in enumerate(table.claim.differences)
             for interval in [table.difference(named)]
         ],
     )
+
+
+def _p(value: float) -> str:
+    """As far as it matters on which side of 5 % it lies."""
+    if math.isnan(value):
+        return DASH
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _visible(differences: Sequence[float]) -> str:
+    least = smallest_visible(differences)
+    return DASH if math.isnan(least) else _number(least)
 
 
 def _heading(claim: Claim) -> str:

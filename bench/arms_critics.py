@@ -1,0 +1,140 @@
+"""What judges generated images: critics, and the judge that knows the truth.
+
+For the filters and the soft labels of `bench.arms`.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bench import generated_classes
+from bench.arms_task import FewShot, Images, TrainingSet
+from bench.arms_training import chosen
+from bob.cache.recipe import bare
+from bob.formats.files import replacing_file
+from bob.formats.photos import open_image
+from bob.miniature.corpus import as_input
+from bob.miniature.world import TASK
+from bob.models.backbones import load_timm
+from bob.models.device import computing_device
+from bob.models.preprocessing import read_inputs
+from bob.models.similarity import nearest
+
+FOLDS = 3
+JUDGES = Path("build/arms")  # git ignores it
+JUDGE_STEPS, JUDGE_PICTURES = 600, 8
+
+Critic = Callable[[FewShot, Images], Tensor]
+"""Float [N]: how much it believes that an image shows what was asked for."""
+
+
+def by_real_only(shots: FewShot, images: Images) -> Tensor:
+    """The probability of the label by a classifier of the shots alone."""
+    weights = shots.trained(shots.trainer(TrainingSet(shots.real)), 0, with_synthetic=False)
+    return _of_labels(shots.probabilities(weights, images.labelled.paths), images)
+
+
+def by_cross_fitting(shots: FewShot, images: Images) -> Tensor:
+    """The probability of the label by classifiers of real and synthetic that have not seen it."""
+    return _of_labels(cross_fitted(shots, images, seeds=(0,)), images)
+
+
+def by_nearest_shot(shots: FewShot, images: Images) -> Tensor:
+    """How much liker the nearest shot of its class is than the nearest of another.
+
+    By cosine similarity in the features of the corpus' backbone, which knows no task class.
+    """
+    generated = _features(shots, images.labelled.paths)
+    numbers, values = nearest(generated, _features(shots, shots.real.paths), len(shots.real))
+    own = np.array(shots.real.labels)[numbers] == np.array(images.labelled.labels)[:, None]
+    best = [np.where(which, values, -np.inf).max(1) for which in (own, ~own)]
+    return torch.from_numpy(best[0] - best[1])
+
+
+def by_truth(shots: FewShot, images: Images) -> Tensor:
+    """The probability of the label by a judge that was taught by true pictures without end."""
+    pictures = [np.asarray(open_image(path)) for path in images.labelled.paths]
+    return _of_labels(_judged(shots, as_input(np.stack(pictures))), images)
+
+
+def by_chance(shots: FewShot, images: Images) -> Tensor:
+    """Any number."""
+    return torch.from_numpy(np.random.default_rng([*shots.seeds, 4]).random(len(images)))
+
+
+CRITICS: Mapping[str, Critic] = {
+    "real-only": by_real_only,
+    "cross-fitted": by_cross_fitting,
+    "nearest": by_nearest_shot,
+    "truth": by_truth,
+    "random": by_chance,
+}
+
+
+def truly_wrong(shots: FewShot, images: Images) -> np.ndarray:
+    """Bool [N]: whether the judge that knows the truth names another class."""
+    pictures = [np.asarray(open_image(path)) for path in images.labelled.paths]
+    named = _judged(shots, as_input(np.stack(pictures))).argmax(1)
+    return (named != torch.tensor(images.labelled.labels)).numpy()
+
+
+def cross_fitted(shots: FewShot, images: Images, seeds: Sequence[int]) -> Tensor:
+    """What classifiers say of images that they were not trained on: float [N, classes].
+
+    The images are in FOLDS parts, each with every class; the shots are in all trainings. The mean
+    over classifiers of these seeds.
+    """
+    said = torch.zeros(len(images), len(shots.task.classes))
+    for fold in range(FOLDS):
+        held = list(range(fold, len(images), FOLDS))
+        others = [place for place in range(len(images)) if place % FOLDS != fold]
+        trainer = shots.trainer(TrainingSet(shots.real, chosen(images.labelled, others)))
+        paths = [images.labelled.paths[place] for place in held]
+        for seed in seeds:
+            said[held] += shots.probabilities(shots.trained(trainer, seed), paths) / len(seeds)
+    return said
+
+
+def _of_labels(probabilities: Tensor, images: Images) -> Tensor:
+    return probabilities[torch.arange(len(images)), torch.tensor(images.labelled.labels)]
+
+
+@torch.inference_mode()
+def _features(shots: FewShot, paths: Sequence[Path]) -> np.ndarray:
+    """Pooled features, (n, d) float64."""
+    device = computing_device()
+    network = shots.backbone.features().eval().to(device)
+    inputs = read_inputs(paths, shots.backbone.preprocessing)
+    return torch.cat([network(batch.to(device)).double().cpu() for batch in inputs]).numpy()
+
+
+# --- the judge that knows the truth --------------------------------------------------------------
+
+
+def _judged(shots: FewShot, pictures: Tensor) -> Tensor:
+    """The judge's probabilities of the task's classes: float [N, classes]."""
+    # The judge knows all classes of the miniature, of which the task may have the first few.
+    places = [generated_classes.NAMES.index(name) for name in shots.task.classes]
+    judge = _judge()
+    with torch.inference_mode():
+        return torch.cat([judge(batch).softmax(1)[:, places] for batch in pictures.split(256)])
+
+
+def _judge() -> nn.Module:
+    """Trained once for all data seeds, in the workspace's build folder."""
+    code = hashlib.sha256(bare(inspect.getsource(generated_classes)).encode()).hexdigest()[:12]
+    path = JUDGES / f"judge-{code}-{JUDGE_STEPS}.safetensors"
+    if not path.exists():
+        pictures = generated_classes.pictures(range(JUDGE_PICTURES), generated_classes.JUDGE_SEED)
+        trained = generated_classes.train_judge(*pictures, JUDGE_STEPS)
+        with replacing_file(path) as draft:
+            save_file(trained.state_dict(), draft)
+    judge = load_timm(Path("models/miniature-backbone"), len(TASK))
+    judge.load_state_dict(load_file(path))
+    return judge.eval()
