@@ -416,7 +416,6 @@ def test_a_part_of_the_papers_main_table_is_filled_by_dvc(real_project):
     ("name", "setting", "title", "label"),
     [
         ("long-tail", "cub-lt-10-bob", "CUB-LT", "10, BOB"),
-        ("ablation", "marginalization", "Preservation and marginalization", "marginalization"),
         ("context-sources", "gpt-contexts", "Contexts from", "100 written by GPT"),
     ],
 )

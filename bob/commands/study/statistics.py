@@ -60,9 +60,6 @@ def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> 
     return Interval(ratio, (linear - spread) / square, (linear + spread) / square)
 
 
-RESAMPLES = 20_000
-
-
 def two_level_interval(differences: Sequence[Sequence[float]], seed: int = 0) -> Interval:
     """The mean of `differences` and its interval by a bootstrap on two levels.
 
