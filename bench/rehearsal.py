@@ -15,6 +15,7 @@ quarter of the measured.
 
 import importlib
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -110,7 +111,10 @@ def settings(size: Size) -> dict[str, dict[str, Any]]:
     return {
         "draw": {"classes": 2, "train_per_class": 4, "per_context": 1},
         "data": {"name": "wrens", "shots": 2, "val_per_class": 1},
-        "caption": {"model": "models/captioner", "batch_size": 1, "precision": "bf16"},
+        "caption": {
+            **{"model": "models/captioner", "batch_size": 1, "precision": "bf16"},
+            "image_side": 224,  # few tokens, because a CPU reads them slowly
+        },
         "finetune": {
             **{"base_model": "models/base", "epochs": 1, "batch_size": 2, "rank": size.rank},
             "precision": "fp32",
@@ -274,6 +278,7 @@ def missed(figures: Sequence[Figures]) -> list[str]:
 @click.option("--folder", type=click.Path(path_type=Path), help="Kept; by default a temporary one.")
 @click.option("--output", type=click.Path(path_type=Path), help="Figures as JSON.")
 def main(size: str, folder: Path | None, output: Path | None) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(os.cpu_count())  # one, where it is tests that import this
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as root:
         project = Path(root) / "project"
         if not project.exists():

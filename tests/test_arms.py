@@ -29,6 +29,8 @@ from bob.stages import classify
 from tests.conftest import ROOT
 from tests.dvc_project import TINY
 
+pytestmark = pytest.mark.slow  # together
+
 SETTINGS = TINY | {
     "draw": {"classes": 4, "train_per_class": 4, "per_context": 1},
     "generate": {"images_per_class": 4, "steps": 2, "batch_size": 8},
@@ -83,7 +85,6 @@ def planned(what):
 # --- what arms train on ------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_an_arm_trains_on_as_many_images_as_bob(shots):
     whole = len(arms_sets.bob(shots).synthetic)
     assert whole == 4 * 4
@@ -433,7 +434,6 @@ def test_an_arm_is_judged_once_and_a_verdict_that_was_killed_goes_on(workspace, 
     assert "begun with other code" in invoke("balanced", "--verdict").output
 
 
-@pytest.mark.slow
 def test_test_is_measured_for_a_verdict_alone(workspace, monkeypatch):
     monkeypatch.setattr(FewShot, "tested", lambda self, weights: 12.5)
     for seed, test in ((1, math.nan), (21, 12.5)):

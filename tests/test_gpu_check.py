@@ -21,6 +21,7 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("gpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", gpu.SECTIONS)
 def test_a_section_runs_to_its_end(scratch, name):
     figures = gpu.run(name, scratch, tiny=True)
