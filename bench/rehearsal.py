@@ -9,8 +9,10 @@ few photos, and each stage's seconds, peak memory beyond its imports and bytes o
 beside what `bob plan` said just before. `full` needs 40 GB of disk, 16 GB of memory and no GPU.
 
 What a library says on the way is shown: nothing should be. Exit status 1 where something was, where
-a stage fails, or where the plan's memory for finetune or generate at full size is not within a
-quarter of the measured.
+a stage fails, or where the plan's memory for finetune or generate at full size is a quarter below
+what is the process's own at the peak, or a quarter above all that is resident. Between the two are
+mapped files: weights that are used where they lie, and those that were copied into another layout,
+which the system can take back.
 """
 
 import importlib
@@ -119,7 +121,10 @@ def settings(size: Size) -> dict[str, dict[str, Any]]:
             **{"base_model": "models/base", "epochs": 1, "batch_size": 2, "rank": size.rank},
             "precision": "fp32",
         },
-        "generate": {"images_per_class": 1, "steps": 2, "batch_size": 1, "precision": "fp32"},
+        "generate": {
+            **{"images_per_class": 1, "steps": 2, "batch_size": 1, "precision": "fp32"},
+            "context": "data/contexts/aircraft.jsonl",  # random captioners say nothing of use
+        },
         "classify": {
             **{"backbone": "models/clip", "lora_rank": size.rank, "epochs": 2, "seeds": [0]},
             **{"batch_size": 4, "warmup_epochs": 1, "precision": "fp32"},
@@ -138,6 +143,8 @@ class Figures:
     seconds: float
     memory: int
     """Resident at the peak, beyond what its imports take."""
+    own: int
+    """The same without mapped files."""
     planned_memory: int
     disk: int
     """More blocks in use under the project than before, links counted once."""
@@ -152,6 +159,8 @@ class Ran:
 
     memory: int
     """Resident bytes at the peak of the largest of its processes."""
+    own: int
+    """The same without mapped files."""
     output: str
     errors: str
 
@@ -175,14 +184,15 @@ def rehearse(project: Path, stage: str) -> Figures:
     """Run a stage with DVC."""
     called = f"import bench.rehearsal as bench; bench.{{}}({stage!r})"
     planned = json.loads(measured(project, "-c", called.format("print_plan")).output)
-    imports = measured(project, "-c", called.format("imports")).memory
+    imports = measured(project, "-c", called.format("imports"))
     before = blocks(project)
     began = time.monotonic()
     ran = measured(project, "-m", "dvc", "repro", "--single-item", stage)
     return Figures(
         stage,
         time.monotonic() - began,
-        max(0, ran.memory - imports),
+        max(0, ran.memory - imports.memory),
+        max(0, ran.own - imports.own),
         planned["memory"],
         blocks(project) - before,
         planned["disk"],
@@ -206,11 +216,12 @@ def measured(project: Path, *arguments: str) -> Ran:
             stdout=output,
             stderr=errors,
         )
-        peak = 0
+        peak = own = 0
         while process.poll() is None:
             with suppress(psutil.NoSuchProcess):
                 for one in (process, *process.children(recursive=True)):
-                    peak = max(peak, one.memory_info().rss)
+                    now = one.memory_info()
+                    peak, own = max(peak, now.rss), max(own, now.rss - now.shared)
             time.sleep(LOOK)
         said = []
         for file in (output, errors):
@@ -218,7 +229,7 @@ def measured(project: Path, *arguments: str) -> Ran:
             said.append(file.read())
     if process.returncode:
         raise click.ClickException("\n".join([f"python {' '.join(arguments)} failed", *said]))
-    return Ran(peak, *said)
+    return Ran(peak, own, *said)
 
 
 def print_plan(stage: str) -> None:
@@ -253,11 +264,10 @@ def blocks(folder: Path) -> int:
 
 def table(figures: Sequence[Figures]) -> list[str]:
     """A line a stage."""
-    lines = [
-        f"{'stage':10} {'seconds':>8} {'memory':>10} {'plan':>10} {'disk':>10} {'plan':>10}",
-    ]
+    heads = " ".join(f"{head:>10}" for head in ("memory", "own", "plan", "disk", "plan"))
+    lines = [f"{'stage':10} {'seconds':>8} {heads}"]
     for one in figures:
-        sizes = (one.memory, one.planned_memory, one.disk, one.planned_disk)
+        sizes = (one.memory, one.own, one.planned_memory, one.disk, one.planned_disk)
         cells = " ".join(f"{plan.metric(max(0, size), 'B'):>10}" for size in sizes)
         lines.append(f"{one.stage:10} {one.seconds:8.1f} {cells}")
     return lines
@@ -267,9 +277,10 @@ def missed(figures: Sequence[Figures]) -> list[str]:
     """The stages whose memory the plan did not know."""
     return [
         f"{one.stage}: the plan's {plan.metric(one.planned_memory, 'B')} are not within a quarter "
-        f"of {plan.metric(one.memory, 'B')}"
+        f"of {plan.metric(one.own, 'B')} to {plan.metric(one.memory, 'B')}"
         for one in figures
-        if one.stage in HELD and abs(one.planned_memory / max(1, one.memory) - 1) > QUARTER
+        if one.stage in HELD
+        and not (1 - QUARTER) * one.own <= one.planned_memory <= (1 + QUARTER) * one.memory
     ]
 
 

@@ -21,8 +21,8 @@ def test_all_stages_run_on_the_hubs_classes_and_no_library_says_a_word(tmp_path)
 
 
 def test_a_plan_that_does_not_know_a_stages_memory_is_told():
-    known = rehearsal.Figures("finetune", 1.0, 1000, 800, 0, 0, [])
-    unknown = rehearsal.Figures("generate", 1.0, 1000, 700, 0, 0, [])
-    elsewhere = rehearsal.Figures("audit", 1.0, 1000, 0, 0, 0, [])
+    known = rehearsal.Figures("finetune", 1.0, 1500, 1000, 800, 0, 0, [])
+    unknown = rehearsal.Figures("generate", 1.0, 1500, 1000, 700, 0, 0, [])
+    elsewhere = rehearsal.Figures("audit", 1.0, 1500, 1000, 0, 0, 0, [])
     (line,) = rehearsal.missed([known, unknown, elsewhere])
     assert line.startswith("generate")
