@@ -370,17 +370,23 @@ def test_lora_at_full_size_is_that_of_the_papers_recipe(
     assert {name.split(".attn")[1][2:] for name in adapted} == set(UNET_LORA_TARGETS)
 
 
+def sizes_given_to(network, method, monkeypatch):
+    """A list that grows with each batch's size."""
+    sizes: list[int] = []
+    original = getattr(network, method)
+
+    def counted(batch):
+        sizes.append(len(batch))
+        return original(batch)
+
+    monkeypatch.setattr(network, method, counted)
+    return sizes
+
+
 def test_large_images_are_decoded_in_equal_parts_to_the_same_pixels(base, monkeypatch):
     pipeline = diffusion.load(base, CPU)
     together = render(pipeline, 6)
-    sizes: list[int] = []
-    decode = pipeline.vae.decode
-
-    def counted(part):
-        sizes.append(len(part))
-        return decode(part)
-
-    monkeypatch.setattr(pipeline.vae, "decode", counted)
+    sizes = sizes_given_to(pipeline.vae, "decode", monkeypatch)
     monkeypatch.setattr(diffusion, "AUTOENCODED_PIXELS", 4 * 16**2)
     assert all(difference(*pair) <= 1 for pair in zip(together, render(pipeline, 6), strict=True))
     assert sizes == [3, 3]
@@ -393,14 +399,7 @@ def test_large_photos_are_encoded_one_by_one(base, monkeypatch, tmp_path):
         Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
         kept.append(Photo(str(tmp_path / f"{number}.png"), "wren", ""))
     together, _ = finetuning.encode_photos(pipeline, kept)
-    sizes: list[int] = []
-    encode = pipeline.vae.encode
-
-    def counted(pixels):
-        sizes.append(len(pixels))
-        return encode(pixels)
-
-    monkeypatch.setattr(pipeline.vae, "encode", counted)
+    sizes = sizes_given_to(pipeline.vae, "encode", monkeypatch)
     assert torch.equal(finetuning.encode_photos(pipeline, kept)[0], together)
     assert sizes == [8, 1]
     monkeypatch.setattr(diffusion, "AUTOENCODED_PIXELS", 16**2)

@@ -29,6 +29,7 @@ from bob.commands.study.statistics import (
     holm,
     mean_interval,
     p_value,
+    paired,
     paired_interval,
     ratio_interval,
     smallest_visible,
@@ -111,8 +112,7 @@ class Table:
 
     def paired(self, named: Mapping[str, str]) -> list[float]:
         """The difference under each of `seeds`."""
-        rows = (self.values[named["larger"]], self.values[named["smaller"]])
-        return [larger - smaller for larger, smaller in zip(*rows, strict=True)]
+        return paired(self.values[named["larger"]], self.values[named["smaller"]])
 
     @property
     def verdict(self) -> str:

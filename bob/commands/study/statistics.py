@@ -30,13 +30,18 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, float(low), float(high))
 
 
+def paired(larger: Sequence[float], smaller: Sequence[float]) -> list[float]:
+    """The differences `larger` - `smaller` of each data seed."""
+    return [a - b for a, b in zip(larger, smaller, strict=True)]
+
+
 def paired_interval(larger: Sequence[float], smaller: Sequence[float]) -> Interval:
     """The mean of `larger` - `smaller`, paired by data seed, and its interval by Student's t.
 
     Paired, because most of what varies from seed to seed, an easy or a hard draw of shots, is
     common to both.
     """
-    return mean_interval([a - b for a, b in zip(larger, smaller, strict=True)])
+    return mean_interval(paired(larger, smaller))
 
 
 def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
