@@ -1,7 +1,6 @@
 """Every reader of a file that others write gives what it says, or one line that names the file."""
 
 import json
-import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -261,20 +260,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / "a.pt").read_bytes()
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
-@given(data=st.data())
-def test_a_checkpoint_that_is_broken_is_none(
-    tmp_path_factory: Any, saved: bytes, data: st.DataObject
-) -> None:
-    """Or the whole one, where what was changed is of no importance to its reader."""
-    folder = tmp_path_factory.getbasetemp() / "broken"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    (folder / "a.pt").write_bytes(data.draw(broken_bytes(saved)))
-    state = Checkpoint(folder, "a").load()
-    if state is not None:
-        assert state["losses"] == [0.5]
-        assert state["parameters"][0].equal(torch.zeros(2, 2))
+def test_a_checkpoint_that_is_broken_is_none(tmp_path: Path, saved: bytes) -> None:
+    """Whichever byte is changed, wherever it ends."""
+    checkpoint, path = Checkpoint(tmp_path, "a"), tmp_path / "a.pt"
+    for place in range(len(saved)):
+        for broken in (
+            saved[:place],
+            saved[:place] + bytes([saved[place] ^ 1]) + saved[place + 1 :],
+        ):
+            path.write_bytes(broken)
+            assert checkpoint.load() is None, place
+    path.write_bytes(saved)
+    assert checkpoint.load() is not None
 
 
 def test_a_checkpoint_of_another_run_is_none(tmp_path: Path, saved: bytes, capsys: Any) -> None:
@@ -283,7 +280,6 @@ def test_a_checkpoint_of_another_run_is_none(tmp_path: Path, saved: bytes, capsy
     assert (
         "cannot be read and the run begins anew (it is of another run)" in capsys.readouterr().err
     )
-    torch.save(STATE, tmp_path / "b.pt")
+    torch.save(STATE, tmp_path / "b.pt")  # as an earlier bob wrote it, and without a key
     assert Checkpoint(tmp_path, "b").load() is None
-    torch.save([], tmp_path / "b.pt")
-    assert Checkpoint(tmp_path, "b").load() is None
+    assert "it is not as it was written" in capsys.readouterr().err

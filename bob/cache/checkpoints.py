@@ -5,9 +5,11 @@ cache, which all experiments of a repository share: a queued experiment finds wh
 left in another folder.
 """
 
+import hashlib
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -40,6 +42,8 @@ class Checkpoint:
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last, tensors on the CPU; None where there is none to read."""
         try:
+            if not _is_whole(self._path):
+                raise ValueError("it is not as it was written")
             saved = torch.load(self._path, map_location="cpu", weights_only=True)
             if saved["key"] != self._key:  # a copy under another's name, whose weights do not fit
                 raise ValueError("it is of another run")
@@ -62,11 +66,29 @@ class Checkpoint:
         """Save the state of the run, tensors and plain values, in one step."""
         with replacing_file(self._path) as draft:
             torch.save({"key": self._key, "state": state}, draft)
+            with draft.open("r+b") as file:
+                file.write(_digest(file, draft.stat().st_size))  # which torch.load reads over
         self._written = time.monotonic()
 
     def remove(self) -> None:
         """Forget the run, whose result is in place."""
         self._path.unlink(missing_ok=True)
+
+
+def _digest(file: BinaryIO, count: int) -> bytes:
+    """Of the first `count` bytes of a file, which is then read up to there."""
+    digest = hashlib.sha256()
+    while chunk := file.read(min(count, 1 << 20)):
+        digest.update(chunk)
+        count -= len(chunk)
+    return digest.digest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint ends in its own digest: `torch.load` compares no checksums."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size - hashlib.sha256().digest_size
+        return size > 0 and _digest(file, size) == file.read()
 
 
 def _days_old(path: Path) -> float:
