@@ -161,7 +161,6 @@ def ours(
         batch_size=batch,
         gradient_accumulation=1,
         gradient_checkpointing=False,
-        compile=compiled,
         learning_rate=1e-4,
         warmup_steps=0,
         epochs=EPOCHS_A_TURN,
@@ -170,7 +169,9 @@ def ours(
     def turn() -> int:
         shared_out = photos[: math.ceil(len(photos) * EPOCHS_A_TURN / EPOCHS)]
         denoising.encode_images(pipeline, [Image.open(path).convert("RGB") for path in shared_out])
-        denoising.train(pipeline, parameters, means, stds, tokens, settings, dtype)
+        denoising.train(
+            pipeline, parameters, means, stds, tokens, settings, dtype, compiled=compiled
+        )
         return len(photos) * EPOCHS_A_TURN
 
     return turn

@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH = 8
 SETTINGS = {
     **{"rank": 16, "learning_rate": 1e-3, "warmup_steps": 0, "batch_size": BATCH, "seed": 0},
-    **{"gradient_accumulation": 1, "gradient_checkpointing": False, "compile": False},
+    **{"gradient_accumulation": 1, "gradient_checkpointing": False},
 }
 PHOTOS, EPOCHS = 32, 6
 NEAR = 0.1  # losses in 16 bits to those in fp32, relative; GradScaler skips its first steps

@@ -1,6 +1,7 @@
 """The text-to-image side on a small random Stable Diffusion."""
 
 import math
+import shutil
 import types
 from pathlib import Path
 
@@ -45,7 +46,6 @@ def settings(**changed):
         "batch_size": 2,
         "gradient_accumulation": 1,
         "gradient_checkpointing": False,
-        "compile": False,
         "learning_rate": 1e-2,
         "warmup_steps": 0,
         "epochs": 3,
@@ -58,14 +58,16 @@ def photos(count=3):
     return [Image.fromarray(random.integers(0, 256, (30, 40, 3), np.uint8)) for _ in range(count)]
 
 
-def fine_tune(base, folder, dtype=FP32, rank=4, **changed):
+def fine_tune(base, folder, dtype=FP32, rank=4, compiled=False, **changed):
     pipeline = diffusion.load(base, CPU)
     means, stds = denoising.encode_images(pipeline, photos())
     tokens = diffusion.tokenize(pipeline, ["a bird photo of a wren", "a wren", "a tit"])
     diffusion.cast(pipeline.unet, dtype, CPU)
     diffusion.cast(pipeline.text_encoder, dtype, CPU)
     parameters = add_lora(pipeline, rank, 0)
-    losses = denoising.train(pipeline, parameters, means, stds, tokens, settings(**changed), dtype)
+    losses = denoising.train(
+        pipeline, parameters, means, stds, tokens, settings(**changed), dtype, compiled=compiled
+    )
     finetune.write_curves(folder / "curves", losses)
     save_lora(pipeline, folder / "lora")
     return pipeline
@@ -239,13 +241,32 @@ ONE_BLOCK = {
 }
 
 
+@pytest.mark.parametrize(
+    ("compile", "epochs", "compiler", "compiled"),
+    [
+        ("auto", 1499, True, False),
+        ("auto", 1500, True, True),
+        ("auto", 1500, False, False),
+        (True, 1, False, True),
+        (False, 10_000, True, False),
+    ],
+)
+def test_a_long_run_is_compiled_where_there_is_a_compiler(
+    compile, epochs, compiler, compiled, monkeypatch
+):
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(shutil, "which", lambda name: name if compiler else None)
+    given = settings(compile=compile, epochs=epochs, batch_size=2)
+    assert denoising.is_compiled(3, given) == compiled
+
+
 @pytest.mark.slow
 def test_compiled_training_comes_to_the_same_weights_but_for_rounding(tmp_path):
     base = build_text_to_image(tmp_path / "base", unet_config=TINY_UNET | ONE_BLOCK)
     # With all that shares the step with it.
     given = {"learning_rate": 1e-4, "gradient_accumulation": 2, "gradient_checkpointing": True}
     try:
-        compiled = trained_weights(base, tmp_path / "compiled", compile=True, **given)
+        compiled = trained_weights(base, tmp_path / "compiled", compiled=True, **given)
     except BobError as error:
         assert "set finetune.compile to false" in str(error)
         pytest.skip(f"nothing can be compiled here: {error}")

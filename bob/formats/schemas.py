@@ -69,7 +69,7 @@ def _allowed(rule: Mapping[str, Any]) -> str:
     if "anyOf" in rule:
         return " or ".join(_allowed(option) for option in rule["anyOf"])
     if "enum" in rule:
-        return ", ".join(map(str, rule["enum"]))
+        return ", ".join(v if isinstance(v, str) else json.dumps(v) for v in rule["enum"])
     if "const" in rule:
         return str(rule["const"])
     if "pattern" in rule:

@@ -1,8 +1,11 @@
 """Training on the noise-prediction loss: images to latents; latents and token ids to weights."""
 
 import math
+import shutil
+import sysconfig
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 # The published recipe's; the learning rate, epochs and batch size are parameters.
 BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-2, 1.0
+STEPS_WORTH_COMPILING = 3000
+COMPILERS = ("c++", "g++", "clang++")
 
 
 @torch.no_grad()
@@ -51,6 +56,8 @@ def train(
     settings: Any,
     dtype: torch.dtype,
     checkpoint: "Checkpoint | None" = None,
+    *,
+    compiled: bool = False,
 ) -> list[float]:
     """Minimise the noise-prediction loss in `parameters`; returns the mean loss of every epoch.
 
@@ -62,7 +69,7 @@ def train(
     device = pipeline.device
     random = torch.Generator("cpu").manual_seed(settings.seed)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    steps_per_epoch = math.ceil(len(means) / settings.batch_size)
+    steps_per_epoch = steps_an_epoch(len(means), settings)
     # Fused: one pass over the hundreds of small LoRA matrices instead of ten kernels for each.
     optimizer = torch.optim.AdamW(
         parameters, settings.learning_rate, BETAS, weight_decay=WEIGHT_DECAY, fused=True
@@ -84,7 +91,7 @@ def train(
         random.set_state(state["random"])
         pool, losses = state["pool"], state["losses"]
 
-    _prepare_to_train(pipeline, settings, dtype)
+    _prepare_to_train(pipeline, settings, dtype, compiled)
     for epoch in tqdm(
         range(len(losses), settings.epochs),
         "fine-tuning",
@@ -138,7 +145,26 @@ def train(
     return losses
 
 
-def _prepare_to_train(pipeline: Any, settings: Any, dtype: torch.dtype) -> None:
+def steps_an_epoch(images: int, settings: Any) -> int:
+    """Optimizer steps in one pass over the images: the last batch is filled up."""
+    return math.ceil(images / settings.batch_size)
+
+
+def is_compiled(images: int, settings: Any) -> bool:
+    """Whether the UNet is compiled, by the parameter `compile`.
+
+    `auto` compiles where the run is long enough to get the minutes back, and only where there is
+    what torch.compile needs.
+    """
+    if settings.compile != "auto":
+        return bool(settings.compile)
+    if settings.epochs * steps_an_epoch(images, settings) < STEPS_WORTH_COMPILING:
+        return False
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.is_file() and any(map(shutil.which, COMPILERS))
+
+
+def _prepare_to_train(pipeline: Any, settings: Any, dtype: torch.dtype, compiled: bool) -> None:
     if pipeline.device.type == "cpu" and dtype == torch.bfloat16:
         # The fused attention's backward alone takes a third of a step.
         pipeline.unet.set_attn_processor(AttnProcessor())
@@ -147,7 +173,7 @@ def _prepare_to_train(pipeline: Any, settings: Any, dtype: torch.dtype) -> None:
     pipeline.text_encoder.train()
     if settings.gradient_checkpointing:
         checkpoint_gradients(pipeline)
-    if settings.compile:
+    if compiled:
         # A cached function that asks for torch's version: diffusers', and harmless when traced.
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         pipeline.unet.compile()  # in place, so that the weights keep their names

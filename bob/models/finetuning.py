@@ -40,6 +40,8 @@ def train(
     captions: Sequence[str],
     settings: Any,
     checkpoint: Checkpoint,
+    *,
+    compiled: bool = False,
 ) -> tuple[bytes, bytes]:
     """Fine-tune on the captioned photos; the LoRA's file, and the mean losses of epochs as JSON.
 
@@ -61,7 +63,17 @@ def train(
             f"{tokens.shape[1]} tokens that {base_model} reads; their ends are not read"
         )
     parameters = add_lora(pipeline, settings.rank, settings.seed)
-    losses = denoising.train(pipeline, parameters, means, stds, tokens, settings, dtype, checkpoint)
+    losses = denoising.train(
+        pipeline,
+        parameters,
+        means,
+        stds,
+        tokens,
+        settings,
+        dtype,
+        checkpoint,
+        compiled=compiled,
+    )
     with tempfile.TemporaryDirectory() as folder:
         save_lora(pipeline, Path(folder))
         return (Path(folder) / LORA_FILE).read_bytes(), json.dumps(losses).encode()

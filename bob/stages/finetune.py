@@ -21,7 +21,7 @@ from bob.formats.layout import BANK, FINETUNE, FINETUNE_ITEMS, LORA, TRAIN
 from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, read_photos, read_task
 from bob.formats.prompts import Entry, prompt, read_bank
-from bob.models import finetuning
+from bob.models import denoising, finetuning
 from bob.models.lora import LORA_FILE
 from bob.models.precision import device_name, dtype_name, resolve_precision
 
@@ -34,7 +34,6 @@ DECIDING = (
     "batch_size",
     "gradient_accumulation",
     "gradient_checkpointing",
-    "compile",
     "seed",
 )
 
@@ -93,6 +92,7 @@ def take_items(params: Params, cache: ItemCache) -> list[Row]:
         "photos": photos,
         "captions": captions,
         "settings": settings,
+        "compiled": denoising.is_compiled(len(photos), settings),
     }
 
     def files(numbers: list[int]) -> Mapping[Path, str]:
@@ -127,6 +127,7 @@ def lora_wanted(
         "photos": [photo.sha256 for photo in photos],
         "captions": list(captions),
         "precision": dtype_name(dtype),
+        "compile": denoising.is_compiled(len(photos), settings),
         **{name: getattr(settings, name) for name in DECIDING},
     }
     # No trial: it would cost the training that it is to save. The weights after an epoch prove

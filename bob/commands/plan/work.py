@@ -294,7 +294,7 @@ def fine_tuning_work(project: Project) -> Work:
     encoding = networks.weight_bytes(pipeline.vae) + encode.peak
     with networks.META:
         lora = 4 * sum(parameter.numel() for parameter in add_lora(pipeline, settings.rank, 0))
-    steps = settings.epochs * math.ceil(len(photos) / settings.batch_size)
+    steps = settings.epochs * denoising.steps_an_epoch(len(photos), settings)
     parts_of_batch, checkpointed = settings.gradient_accumulation, settings.gradient_checkpointing
     if checkpointed:
         denoising.checkpoint_gradients(pipeline)
@@ -303,7 +303,8 @@ def fine_tuning_work(project: Project) -> Work:
     _cast(precision, *trained)
     training = networks.weight_bytes(*trained) + ADAM * lora + step.peak
     return Work(
-        f"{steps:,} steps of {whole}, {len(photos):,} photos",
+        f"{steps:,} steps of {whole}, {len(photos):,} photos"
+        + (", compiled" if denoising.is_compiled(len(photos), settings) else ""),
         flops=_added(
             ("fp32", encode.flops / batch * len(photos)),
             (precision, steps * parts_of_batch * step.flops),
