@@ -315,11 +315,14 @@ def study(
 
 @cli.command()
 @click.option("--only", type=click.Choice(["base", "captioner", "backbone"]), help="One model.")
+@click.option("--further", is_flag=True, help="Go on with the base in OUT instead: its UNet.")
 @click.option("--measure", is_flag=True, help="Train nothing; measure what lies in models/.")
 @click.option("--tiny", is_flag=True, help="Run through everything in a minute, learning nothing.")
 @click.option("--out", type=click.Path(path_type=Path), default="models", show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=".miniature", show_default=True)
-def miniature(only: str | None, measure: bool, tiny: bool, out: Path, work: Path) -> None:
+def miniature(
+    only: str | None, further: bool, measure: bool, tiny: bool, out: Path, work: Path
+) -> None:
     """Train the miniature's models from scratch; goes on where it was killed.
 
     Takes hours. `dvc repro` never needs it: the trained models are in the repository.
@@ -330,6 +333,8 @@ def miniature(only: str | None, measure: bool, tiny: bool, out: Path, work: Path
     if measure:
         for name, what, value in build.measure(out):
             print(f"{name}: {what}: {value}")
+    elif further:
+        build.train_further(out, work, "tiny" if tiny else "full")
     else:
         build.train(out, work, "tiny" if tiny else "full", only)
 

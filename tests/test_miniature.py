@@ -148,6 +148,15 @@ def test_the_tiny_training_writes_three_folders_that_stock_libraries_load(tmp_pa
     build.train(out, work, "tiny")  # from finished checkpoints: nothing trains, same bytes
     assert before == [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
 
+    card = out / "miniature-base/README.md"
+    trainings = training.trainings_of(card.parent)
+    build.train_further(out, work, "tiny")  # the UNet, and nothing else
+    after = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
+    assert [w.parent.name for w, a, b in zip(weights, before, after, strict=True) if a != b] == [
+        "unet"
+    ]
+    assert training.trainings_of(card.parent)[:-1] == trainings
+
 
 def test_a_training_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)

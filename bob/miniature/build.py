@@ -20,7 +20,7 @@ from bob.formats.files import replacing
 from bob.miniature import backbone, base, captioner, measures
 from bob.miniature.corpus import load_corpus
 from bob.miniature.recipes import SCALES
-from bob.miniature.training import write_card
+from bob.miniature.training import trainings_of, write_card
 
 # In this order, because the first two judge the third.
 PARTS = {"captioner": captioner, "backbone": backbone, "base": base}
@@ -45,6 +45,22 @@ def train(
             trainings = part.train(corpus, scale, draft, work)
             measured = dict(measures.MEASURES[name](draft, out, scale.judged))
             write_card(draft, folder.name, part.ABOUT, trainings, measured, work)
+
+
+def train_further(
+    out: Path = Path("models"),
+    work: Path = Path(".miniature"),
+    size: Literal["full", "tiny"] = "full",
+) -> None:
+    """Train the UNet of `out/miniature-base` further, and write the folder anew."""
+    scale, work = SCALES[size], work / size
+    folder = out / "miniature-base"
+    corpus = load_corpus(scale, work)
+    earlier = trainings_of(folder)
+    with replacing(folder) as draft:
+        trainings = base.train_further(corpus, scale, folder, draft, work)
+        measured = dict(measures.of_base(draft, out, scale.judged))
+        write_card(draft, folder.name, base.ABOUT, trainings, measured, work, earlier)
 
 
 def measure(models: Path = Path("models")) -> Iterator[tuple[str, str, str]]:

@@ -22,6 +22,7 @@ class Recipe:
     warmup: int = 100
     shards: int = 1  # of a batch, one thread each
     precision: str = "auto"
+    compile: bool = False  # by torch.compile, which wants a C++ compiler
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Scale:
     autoencoder: Recipe
     text_encoder: Recipe
     unet: Recipe
+    unet_further: Recipe
     captioner: Recipe
     backbone: Recipe
 
@@ -47,7 +49,8 @@ SCALES = {
         perceptual=Recipe(steps=3500, batch=64, lr=3e-3, weight_decay=5e-2),
         autoencoder=Recipe(steps=5000, batch=32, lr=2e-3, weight_decay=0, ema=0.995, shards=2),
         text_encoder=Recipe(steps=1500, batch=256, lr=2e-3, ema=0.99, shards=2),
-        unet=Recipe(steps=6000, batch=64, lr=1e-3, ema=0.999, shards=2),
+        unet=Recipe(steps=16000, batch=64, lr=1e-3, ema=0.999, shards=2, compile=True),
+        unet_further=Recipe(steps=16000, batch=64, lr=5e-4, ema=0.999, shards=2, compile=True),
         # On a CPU, attention over an image's few tokens goes backwards slower in bf16 than in fp32.
         captioner=Recipe(steps=5000, batch=32, lr=1.5e-3, shards=2, precision="fp32"),
         backbone=Recipe(steps=3500, batch=64, lr=3e-3, weight_decay=5e-2),
@@ -60,6 +63,7 @@ SCALES = {
         autoencoder=Recipe(steps=2, batch=4, lr=1e-3, ema=0.5),
         text_encoder=Recipe(steps=2, batch=4, lr=1e-3, ema=0.5),
         unet=Recipe(steps=2, batch=4, lr=1e-3, ema=0.5, shards=2),
+        unet_further=Recipe(steps=2, batch=4, lr=1e-3, ema=0.5, shards=2),
         captioner=Recipe(steps=2, batch=4, lr=1e-3),
         backbone=Recipe(steps=2, batch=4, lr=1e-3),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +44,8 @@ def fit(name: str, module: nn.Module, loss: Loss, recipe: Recipe, work: Path) ->
         for key, owner in stateful.items():
             owner.load_state_dict(state[key])
 
+    if recipe.compile:
+        module.compile()  # in place, so that the weights keep their names
     started = time.monotonic()
 
     def save(step: int) -> None:
@@ -119,15 +121,19 @@ def write_card(
     trainings: dict[str, Recipe],
     measured: dict[str, str],
     work: Path,
+    earlier: Sequence[str] = (),
 ) -> None:
-    """The README.md of a model folder: what it is, how it was trained, how good it is."""
+    """The README.md of a model folder: what it is, how it was trained, how good it is.
+
+    `earlier` are the lines of the trainings that these go on from.
+    """
     lines = [f"# {title}", "", about, "", "## Training", ""]
     lines.append(
         f"Corpus: {len(corpus_variants())} drawn aircraft variants (`bob/stages/draw.py`), each "
         f"in {len(CONTEXTS)} contexts; the {len(TASK)} task classes are not among them. "
         f"Seed {SEED}. Command: `python -m bob miniature`."
     )
-    lines.append("")
+    lines += ["", *earlier]
     for name, recipe in trainings.items():
         settings = ", ".join(f"{key} {value}" for key, value in asdict(recipe).items())
         minutes = torch.load(work / f"{name}.pt", weights_only=True)["seconds"] / 60
@@ -135,3 +141,10 @@ def write_card(
     lines += ["", "## Measured", "", "With `python -m bob miniature --measure`:", ""]
     lines += [f"* {what}: {value}" for what, value in measured.items()]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def trainings_of(folder: Path) -> list[str]:
+    """The lines of a model's card that say how it was trained."""
+    card = (folder / "README.md").read_text("utf-8")
+    training = card.split("\n## Training\n")[1].split("\n## ")[0]
+    return [line for line in training.splitlines() if line.startswith("* ")]
