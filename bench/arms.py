@@ -22,7 +22,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,10 @@ from bench.arms_results import (
 )
 from bench.arms_search import SEARCHES
 from bench.arms_task import FewShot, Options, TrainingSet, few_shot_project, read_values
-from bob.cache.recipe import bare, maker_of
+from bob.cache.recipe import bare, item_key, maker_of
+from bob.commands.configuration import MODELS
 from bob.errors import BobError
+from bob.formats.files import sha256
 from bob.formats.params import PARAMS, read_yaml
 from bob.formats.presets import nearest
 from bob.models import finetuning, sampling, training
@@ -97,12 +99,19 @@ class Arm:
 
     @cached_property
     def code(self) -> str:
-        """Short hash of what decides its figures: the arm's module, the harness, bob's makers."""
+        """Short hash of what decides its figures: module, harness, bob's makers, the models."""
         makers = [
             maker_of(one.MADE_BY, one.LIBRARIES).id for one in (training, sampling, finetuning)
         ]
         sources = [SOURCES[self.make.__module__], *(SOURCES[one.__name__] for one in HARNESS)]
-        return hashlib.sha256(repr([*sources, *makers]).encode()).hexdigest()[:12]
+        models = [_weights(Path(self.values[section][key])) for section, key in MODELS]
+        return hashlib.sha256(repr([*sources, *makers, *models]).encode()).hexdigest()[:12]
+
+
+@cache
+def _weights(folder: Path) -> str:
+    """Hash of a model's weights."""
+    return item_key(weights=[sha256(path) for path in sorted(folder.rglob("*.safetensors"))])
 
 
 def _filters(of: str, changes: Mapping[str, Any]) -> list[Arm]:
@@ -124,6 +133,7 @@ def _costs() -> list[Arm]:
         "dpm": {},
         "karras": {"spacing": "karras"},
         "unipc": {"solver": "unipc"},
+        "ays": {"solver": "ays"},
     }
     return [
         Arm(

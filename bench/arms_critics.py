@@ -19,8 +19,9 @@ from bench.arms_training import chosen
 from bob.cache.recipe import bare
 from bob.formats.files import replacing_file
 from bob.formats.photos import open_image
-from bob.miniature.corpus import as_input
-from bob.miniature.world import TASK
+from bob.formats.prompts import Context
+from bob.miniature.corpus import as_input, draw_pictures
+from bob.miniature.world import CONTEXTS, POSES, TASK, corpus_variants
 from bob.models.backbones import load_timm
 from bob.models.device import computing_device
 from bob.models.preprocessing import read_inputs
@@ -29,6 +30,7 @@ from bob.models.similarity import nearest
 FOLDS = 3
 JUDGES = Path("build/arms")  # git ignores it
 JUDGE_STEPS, JUDGE_PICTURES = 600, 8
+CONTEXT_VARIANTS = len(corpus_variants())
 
 Critic = Callable[[FewShot, Images], Tensor]
 """Float [N]: how much it believes that an image shows what was asked for."""
@@ -127,14 +129,43 @@ def _judged(shots: FewShot, pictures: Tensor) -> Tensor:
 
 
 def _judge() -> nn.Module:
+    return _kept_judge(
+        "class",
+        len(TASK),
+        lambda: generated_classes.pictures(range(JUDGE_PICTURES), generated_classes.JUDGE_SEED),
+    )
+
+
+def true_contexts(paths: Sequence[Path]) -> list[Context]:
+    """What a judge sees in images that was taught contexts by true pictures of the corpus.
+
+    Unlike the captioner it is in no part of the method, and it must name one of the 36.
+    """
+
+    def pictures() -> tuple[Tensor, Tensor]:
+        drawn = draw_pictures(
+            corpus_variants()[:CONTEXT_VARIANTS], range(1), generated_classes.JUDGE_SEED
+        )
+        contexts = drawn.background * len(POSES) + drawn.pose
+        return drawn.tensor(slice(None)), torch.from_numpy(contexts)
+
+    judge = _kept_judge("context", len(CONTEXTS), pictures)
+    shown = as_input(np.stack([np.asarray(open_image(path)) for path in paths]))
+    with torch.inference_mode():
+        named = torch.cat([judge(batch).argmax(1) for batch in shown.split(256)])
+    return [Context(*CONTEXTS[number]) for number in named.tolist()]
+
+
+def _kept_judge(
+    what: str, classes: int, pictures: Callable[[], tuple[Tensor, Tensor]]
+) -> nn.Module:
     """Trained once for all data seeds, in the workspace's build folder."""
     code = hashlib.sha256(bare(inspect.getsource(generated_classes)).encode()).hexdigest()[:12]
-    path = JUDGES / f"judge-{code}-{JUDGE_STEPS}.safetensors"
+    path = JUDGES / f"judge-{what}-{code}-{JUDGE_STEPS}.safetensors"
     if not path.exists():
-        pictures = generated_classes.pictures(range(JUDGE_PICTURES), generated_classes.JUDGE_SEED)
-        trained = generated_classes.train_judge(*pictures, JUDGE_STEPS)
+        trained = generated_classes.train_judge(*pictures(), JUDGE_STEPS, classes)
         with replacing_file(path) as draft:
             save_file(trained.state_dict(), draft)
-    judge = load_timm(Path("models/miniature-backbone"), len(TASK))
+    judge = load_timm(Path("models/miniature-backbone"), classes)
     judge.load_state_dict(load_file(path))
     return judge.eval()

@@ -50,7 +50,11 @@ class Row:
     seconds: float
     """That it took here; little where the item cache had what was wanted."""
     leakage_background: float = math.nan
+    """How much the background that the captioner sees tells of the label."""
     leakage_pose: float = math.nan
+    true_leakage_background: float = math.nan
+    """The same by a judge of contexts that is in no part of the method."""
+    true_leakage_pose: float = math.nan
     wrong: float = math.nan
     """Percent of the images left that show another class, by the judge that knows the truth."""
     wrong_dropped: float = math.nan
@@ -247,7 +251,16 @@ def _table(
     )
     header = ["arm", "n", "top-1", f"{MINUS} BOB", "95 % interval", "visible"]
     header += ["p, Holm"] if judged else []
-    header += ["leakage", "wrong", "dropped: wrong, unfamiliar", "images", "evaluations", "s", ""]
+    header += [
+        "leakage",
+        "true leakage",
+        "wrong",
+        "dropped: wrong, unfamiliar",
+        "images",
+        "evaluations",
+        "s",
+        "",
+    ]
     lines = [header, ["---"] * len(header)]
     for one in sorted(compared, key=lambda one: -one.mean(metric)):
         interval = one.interval
@@ -266,6 +279,7 @@ def _table(
             cells.append(DASH if is_bob else _figure(corrected[one.arm], 3))
         cells += [
             _both(one.mean("leakage_background"), one.mean("leakage_pose"), 3),
+            _both(one.mean("true_leakage_background"), one.mean("true_leakage_pose"), 3),
             _figure(one.mean("wrong"), 1),
             _both(one.mean("wrong_dropped"), one.mean("unfamiliar_dropped"), 1),
             _figure(one.mean("images"), 0),

@@ -6,8 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
+from diffusers.schedulers import AysSchedules
 
 from bob.cache.recipe import bare, item_key
 from bob.models.sampling import ImageMaker
@@ -17,8 +19,24 @@ SOLVERS: Mapping[str, Callable[..., Any]] = {
         config, algorithm_type="dpmsolver++", solver_order=2, **spacing
     ),
     "unipc": UniPCMultistepScheduler.from_config,
+    "ays": lambda config: AlignYourSteps.from_config(config, algorithm_type="dpmsolver++"),
 }
-"""Those that can have Karras' noise levels (arXiv 2206.00364, eq. 5)."""
+"""The first two can have Karras' noise levels (arXiv 2206.00364, eq. 5)."""
+
+
+class AlignYourSteps(DPMSolverMultistepScheduler):
+    """Timesteps as found best for Stable Diffusion 1.5, between which others are interpolated.
+
+    Sabour et al. 2024, arXiv 2404.14507, for ten steps.
+    """
+
+    def set_timesteps(
+        self, num_inference_steps: int = 10, device: str | torch.device | None = None, **_: Any
+    ) -> None:
+        found = AysSchedules["StableDiffusionTimesteps"]
+        places = np.linspace(0, len(found) - 1, num_inference_steps)
+        timesteps = np.interp(places, range(len(found)), found).round().astype(int).tolist()
+        super().set_timesteps(device=device, timesteps=timesteps)
 
 
 class MiddleGuided(StableDiffusionPipeline):

@@ -209,7 +209,14 @@ class FewShot:
             layout.LORA,
             **{
                 name: getattr(settings, name)
-                for name in ("sampler", "steps", "guidance_scale", "precision", "batch_size")
+                for name in (
+                    "sampler",
+                    "steps",
+                    "guidance_scale",
+                    "precision",
+                    "batch_size",
+                    "compile",
+                )
             },
             solver=self.options.solver,
             spacing=self.options.spacing,
@@ -309,12 +316,7 @@ class FewShot:
         ]
 
     def leakage(self, images: Images, per_class: int) -> dict[str, float]:
-        """How much the contexts that the captioner sees in images tell of their labels.
-
-        Of the first `per_class` of each label. Adjusted mutual information, as in the audit: 1
-        where the one decides the other, 0 at chance. The miniature's captioner has few enough
-        phrases to be taken as they are.
-        """
+        """Leakage by what the captioner sees, of the first `per_class` images of each label."""
         count: Counter[int] = Counter()
         places = []
         for place, label in enumerate(images.labelled.labels):
@@ -323,16 +325,24 @@ class FewShot:
                 places.append(place)
         first = chosen(images.labelled, places)
         names = [self.task.classes[label] for label in first.labels]
-        pairs = zip(first.labels, self.contexts_seen(first.paths, names), strict=True)
-        both = [(label, one) for label, one in pairs if one]
-        return {
-            f"leakage_{attribute}": float(
-                adjusted_mutual_info_score(
-                    [label for label, _ in both], [getattr(one, attribute) for _, one in both]
-                )
+        return context_leakage(first.labels, self.contexts_seen(first.paths, names))
+
+
+def context_leakage(labels: Sequence[int], contexts: Sequence[Context | None]) -> dict[str, float]:
+    """How much the contexts of images tell of their labels; None: not known.
+
+    Adjusted mutual information, as in the audit: 1 where the one decides the other, 0 at chance.
+    The miniature has few enough phrases to be taken as they are.
+    """
+    both = [(label, one) for label, one in zip(labels, contexts, strict=True) if one]
+    return {
+        f"leakage_{attribute}": float(
+            adjusted_mutual_info_score(
+                [label for label, _ in both], [getattr(one, attribute) for _, one in both]
             )
-            for attribute in ATTRIBUTES
-        }
+        )
+        for attribute in ATTRIBUTES
+    }
 
 
 def with_contexts(entries: Iterable[Entry], contexts: Iterable[Context]) -> list[Entry]:

@@ -78,7 +78,15 @@ def plain(
 
 
 def ours(
-    base: Path, lora: Path, dtype: torch.dtype, sampler: str, steps: int, batch: int, batches: int
+    base: Path,
+    lora: Path,
+    dtype: torch.dtype,
+    sampler: str,
+    steps: int,
+    batch: int,
+    batches: int,
+    *,
+    compiled: bool,
 ) -> Callable[[], int]:
     """Full batches as the stage makes them: files are written while the next one is made."""
     maker = ImageMaker(
@@ -89,6 +97,7 @@ def ours(
         guidance_scale=GUIDANCE,
         precision=dtype_name(dtype),
         batch_size=batch,
+        compile=compiled,
     )
     asked = prompts()
 
@@ -126,6 +135,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=4, help="of one image, a turn")
     parser.add_argument("--steps", type=int, default=20, help="of equal steps")
     parser.add_argument("--default-steps", type=int, default=50, help="of the plain pipeline")
+    parser.add_argument("--compile", action="store_true", help="ours with generate.compile")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak-tflops", type=float, help="of the device, dense, in that precision")
     arguments = parser.parse_args()
@@ -139,7 +149,7 @@ def main() -> None:
         sides = [
             side(
                 f"bob, {steps} steps, batch {arguments.batch}",
-                lambda: ours(*model, "dpmsolver++", steps, *full),
+                lambda: ours(*model, "dpmsolver++", steps, *full, compiled=arguments.compile),
             ),
             side(
                 f"one call an image, {steps} steps",

@@ -37,10 +37,12 @@ def pictures(indices: range, seed: int) -> tuple[Tensor, Tensor]:
     return drawn.tensor(slice(None)), torch.from_numpy(drawn.variant)
 
 
-def train_judge(images: Tensor, labels: Tensor, steps: int) -> nn.Module:
+def train_judge(
+    images: Tensor, labels: Tensor, steps: int, classes: int = len(world.TASK)
+) -> nn.Module:
     """The backbone, fine-tuned; half of the batches are softened, as generated images are soft."""
     torch.manual_seed(0)
-    judge = load_timm(Path("models/miniature-backbone"), len(world.TASK)).train()
+    judge = load_timm(Path("models/miniature-backbone"), classes).train()
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=5e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = torch.Generator().manual_seed(0)

@@ -70,6 +70,12 @@ TINY_UNET: Config = {
     "attention_head_dim": 8,
     "norm_num_groups": 8,
 }
+# A compiler takes a second for each kernel: the least network that has all kinds of layers.
+ONE_BLOCK: Config = {
+    "block_out_channels": (32,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
 TINY_TEXT: Config = {
     "hidden_size": 32,
     "intermediate_size": 64,

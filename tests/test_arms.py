@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from dvc.repo import Repo
+from PIL import Image
 from ruamel.yaml import YAML
 
 from bench import arms, arms_critics, arms_filters, arms_results, arms_sets
@@ -23,7 +24,8 @@ from bob.cache.items import ItemCache
 from bob.errors import BobError
 from bob.formats.params import read_yaml
 from bob.formats.prompts import Context
-from bob.miniature.world import TASK
+from bob.miniature.corpus import draw_pictures
+from bob.miniature.world import BACKGROUNDS, TASK
 from bob.models.training import Trainer
 from bob.stages import classify
 from tests.conftest import ROOT
@@ -53,6 +55,7 @@ def project(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arms_critics, "JUDGE_STEPS", 2)
         patch.setattr(arms_critics, "JUDGE_PICTURES", 1)
+        patch.setattr(arms_critics, "CONTEXT_VARIANTS", 2)
         yield folder
 
 
@@ -234,7 +237,29 @@ def test_every_critic_judges_all_images(shots, critic):
     what = arms_filters.filtered(critic, 30)(shots)
     assert len(what.synthetic) == 16 - 4 and len(images_of(what)) == 12
     assert Counter(what.synthetic.labels) == Counter(dict.fromkeys(range(4), 3))
-    assert what.figures.keys() == {"wrong", "wrong_dropped", "unfamiliar_dropped"}
+    assert what.figures.keys() == {
+        "wrong",
+        "wrong_dropped",
+        "unfamiliar_dropped",
+        "true_leakage_background",
+        "true_leakage_pose",
+    }
+
+
+def test_the_judge_of_contexts_names_those_of_true_pictures(tmp_path, monkeypatch):
+    """Taught by a dozen variants, in a few steps, of one that it has not seen."""
+    monkeypatch.setattr(arms_critics, "JUDGES", tmp_path)
+    monkeypatch.setattr(arms_critics, "JUDGE_STEPS", 60)
+    monkeypatch.setattr(arms_critics, "CONTEXT_VARIANTS", 12)
+    monkeypatch.chdir(ROOT)
+    drawn = draw_pictures(TASK[:1], range(2))
+    paths = [tmp_path / f"{number}.png" for number in range(len(drawn))]
+    for path, pixels in zip(paths, drawn.pixels, strict=True):
+        Image.fromarray(pixels).save(path)
+    named = arms_critics.true_contexts(paths)
+    backgrounds = [BACKGROUNDS[number] for number in drawn.background]
+    right = [one.background == true for one, true in zip(named, backgrounds, strict=True)]
+    assert np.mean(right) > 0.8
 
 
 def test_a_cross_fitted_critic_has_not_seen_what_it_judges(shots, monkeypatch):
@@ -280,13 +305,14 @@ def test_other_samplers_make_other_images_under_other_names(shots):
         "bob": maker(),
         "karras": maker(spacing="karras"),
         "unipc": maker(solver="unipc"),
+        "ays": maker(solver="ays"),
         "middle": maker(interval=(0.3, 5.0)),
         "all": maker(interval=(0.0, 1e9)),
     }
     made = {name: one.make(prompts, [0, 1])[0].tobytes() for name, one in makers.items()}
     assert made["all"] == made["bob"], "an interval that holds every step"
-    assert len(set(made.values())) == 4
-    assert len({str(one.settings) for one in makers.values()}) == 5
+    assert len(set(made.values())) == 5
+    assert len({str(one.settings) for one in makers.values()}) == 6
     assert "arms" not in makers["bob"].settings
     assert makers["bob"].evaluations == makers["all"].evaluations == 12
     assert 6 < makers["middle"].evaluations < 12

@@ -22,6 +22,7 @@ from bob.models.device import autocast
 from bob.models.lora import UNET_LORA_TARGETS, LoraLinear, add_lora, save_lora
 from bob.stages import finetune
 from tests.builders import (
+    ONE_BLOCK,
     SD15_TEXT,
     SD15_UNET,
     SD21_TEXT,
@@ -231,14 +232,6 @@ def test_gradient_checkpointing_reaches_both_models(base, tmp_path):
     pipeline = fine_tune(base, tmp_path, epochs=1, gradient_checkpointing=True)
     assert pipeline.unet.is_gradient_checkpointing
     assert pipeline.text_encoder.is_gradient_checkpointing
-
-
-# A compiler takes a second for each kernel: the least network that has all kinds of layers.
-ONE_BLOCK = {
-    "block_out_channels": (32,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +25,7 @@ from bob.models.lora import add_lora, save_lora
 from bob.models.precision import device_name
 from bob.models.sampling import ImageMaker, png
 from bob.stages import generate
-from tests.builders import build_text_to_image
+from tests.builders import ONE_BLOCK, TINY_UNET, build_text_to_image
 from tests.conftest import documented
 from tests.tiny_project import tree
 
@@ -35,6 +36,7 @@ SETTINGS = {
     "steps": 2,
     "sampler": "ddim",
     "batch_size": 3,
+    "compile": False,
     "precision": "fp32",
     "seed": 42,
 }
@@ -264,6 +266,35 @@ def test_manifest_and_files_must_agree(project, capsys):
     (GENERATED.parent / "images/Tit/0000.png").unlink()
     with pytest.raises(BobError, match=r"differ: images/Tit/0000\.png"):
         check_files(GENERATED)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_makes_the_same_images_but_for_rounding(tmp_path):
+    base = build_text_to_image(tmp_path / "base", unet_config=TINY_UNET | ONE_BLOCK)
+    pipeline = diffusion.load(base, torch.device("cpu"))
+    add_lora(pipeline, 2, 0)
+    save_lora(pipeline, tmp_path / "lora")
+    made = {}
+    for compile in (False, True):
+        maker = ImageMaker(
+            base,
+            tmp_path / "lora",
+            sampler="ddim",
+            steps=2,
+            guidance_scale=2,
+            precision="fp32",
+            batch_size=2,
+            compile=compile,
+        )
+        assert ("compile" in maker.settings) == compile, "images keep the names that they have"
+        try:
+            images = maker.make(["a bird photo of a wren", "a tit"], [0, 1])
+        except BobError as error:
+            assert "set generate.compile to false" in str(error)
+            pytest.skip(f"nothing can be compiled here: {error}")
+        made[compile] = np.stack([np.asarray(image, int) for image in images])
+    assert abs(made[True] - made[False]).max() <= 1
+    assert made[False].std() > 10, "which an empty image would be too"
 
 
 def test_an_image_does_not_depend_on_place_neighbours_or_how_many_are_made(models):

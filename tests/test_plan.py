@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from bob.commands.plan import (
 )
 from bob.commands.plan.shapes import measure
 from bob.commands.plan.work import STAGES, Work
+from bob.commands.study.results import Row, write_results
 from bob.dvc.forecast import MAY_RUN, RESTORED, RUNS, UP_TO_DATE
 from bob.dvc.pipeline import Pipeline
 from bob.errors import BobError
@@ -495,6 +497,33 @@ def test_a_plan_says_where_its_share_of_the_peak_is_from(tmp_path, monkeypatch):
     flops = {"bf16": 121e12}
     for kind, seconds in (("generate", 1 / 0.14), ("classify", 1 / 0.07), ("", 1 / 0.35)):
         assert Work("", flops=flops, kind=kind).seconds(l4) == pytest.approx(seconds)
+
+
+def test_what_half_the_images_lose_is_told_from_the_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert notes._half(100) == []
+    found = {25: (80.0, 82.0), 50: (81.0, 85.0), 100: (83.0, 85.0)}
+    rows = [
+        Row(
+            f"images-{count}",
+            ("" if count == 50 else f"generate.images_per_class={count}", seed),
+            "",
+            "",
+            {"images": 8.0 * count, "real_and_synthetic.top1": top1},
+        )
+        for count, tops in found.items()
+        for seed, top1 in enumerate(tops, start=11)
+    ]
+    rows.append(Row("other", ("generate.images_per_class=100 data.shots=2", 11), "", "", {}))
+    Path("docs").mkdir()
+    write_results(Path("docs/miniature-study.csv"), rows)
+    for asked, whole in {1: 50, 60: 50, 80: 100, 5000: 100}.items():
+        (line,) = notes._half(asked)
+        assert f"{whole // 2} a class instead of {whole} came to" in line
+    assert "-1.0 points of top-1, -13.7 to +11.7 with 95 %" in notes._half(100)[0]
+    assert "-2.0 points of top-1, -14.7 to +10.7 with 95 %" in notes._half(50)[0]
+    write_results(Path("docs/miniature-study.csv"), rows[::2])
+    assert notes._half(100)[0].endswith("-2.0 points of top-1")
 
 
 def test_time_follows_precision_and_numbers_have_units():

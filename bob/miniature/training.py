@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,6 @@ def fit(name: str, module: nn.Module, loss: Loss, recipe: Recipe, work: Path) ->
         for key, owner in stateful.items():
             owner.load_state_dict(state[key])
 
-    if recipe.compile:
-        module.compile()  # in place, so that the weights keep their names
     started = time.monotonic()
 
     def save(step: int) -> None:
@@ -60,6 +59,9 @@ def fit(name: str, module: nn.Module, loss: Loss, recipe: Recipe, work: Path) ->
     torch.set_num_threads(max(1, threads // recipe.shards))
     pool = ThreadPoolExecutor(recipe.shards)
     module.train()
+    if recipe.compile:
+        module.compile()  # in place, so that the weights keep their names
+        _shard(module, loss, 0, recipe, 0)  # two threads that compile at once wait for ever
     running = 0.0
     progress = tqdm(
         range(state["step"], recipe.steps),
@@ -98,20 +100,23 @@ def _backward(
     once a step and not thousands of times, which is twice as fast alone and ten times as fast on
     cores that others use too.
     """
-    device, count = torch.device("cpu"), recipe.batch // recipe.shards
-    parameters = list(module.parameters())
-
-    def shard(number: int) -> tuple[float, tuple[Tensor, ...]]:
-        generator = torch.Generator().manual_seed((SEED * 1_000_000 + step) * 16 + number)
-        with autocast(device, resolve_precision(recipe.precision, hardware_here())):
-            value = loss(module, generator, count)
-        return value.item(), torch.autograd.grad(value, parameters)
-
+    shard = partial(_shard, module, loss, step, recipe)
     values, gradients = zip(*pool.map(shard, range(recipe.shards)), strict=True)
-    for parameter, *parts in zip(parameters, *gradients, strict=True):
+    for parameter, *parts in zip(module.parameters(), *gradients, strict=True):
         # In the parameter's own memory format: the fused optimizer walks both in memory order.
         parameter.grad = torch.empty_like(parameter).copy_(torch.stack(parts).mean(0))
     return sum(values) / recipe.shards
+
+
+def _shard(
+    module: nn.Module, loss: Loss, step: int, recipe: Recipe, number: int
+) -> tuple[float, tuple[Tensor, ...]]:
+    """The loss of one part of a batch, and its gradients."""
+    generator = torch.Generator().manual_seed((SEED * 1_000_000 + step) * 16 + number)
+    precision = resolve_precision(recipe.precision, hardware_here())
+    with autocast(torch.device("cpu"), precision):
+        value = loss(module, generator, recipe.batch // recipe.shards)
+    return value.item(), torch.autograd.grad(value, list(module.parameters()))
 
 
 def write_card(

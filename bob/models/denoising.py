@@ -3,7 +3,6 @@
 import math
 import shutil
 import sysconfig
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,9 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
-from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
-from bob.errors import BobError, first_line
+from bob.errors import BobError
 from bob.models import diffusion
 from bob.models.device import autocast, send
 
@@ -174,9 +172,7 @@ def _prepare_to_train(pipeline: Any, settings: Any, dtype: torch.dtype, compiled
     if settings.gradient_checkpointing:
         checkpoint_gradients(pipeline)
     if compiled:
-        # A cached function that asks for torch's version: diffusers', and harmless when traced.
-        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-        pipeline.unet.compile()  # in place, so that the weights keep their names
+        diffusion.compile_unet(pipeline)
 
 
 def noise_prediction_loss(
@@ -196,22 +192,10 @@ def noise_prediction_loss(
     with autocast(latents.device, dtype):
         # Lowered once, or every layer's keys and values would do it again.
         text = pipeline.text_encoder(tokens)[0].to(dtype)
-        prediction = _predict(pipeline.unet, noisy, timestep, text)
+        with diffusion.compiled_by("finetune.compile"):
+            prediction = pipeline.unet(noisy, timestep, text).sample
     target = prediction_target(noise_scheduler, latents, noise, timestep)
     return torch.nn.functional.mse_loss(prediction.float(), target)
-
-
-def _predict(
-    unet: Any, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
-) -> torch.Tensor:
-    try:
-        prediction: torch.Tensor = unet(noisy, timestep, text).sample
-    except TorchDynamoException as error:
-        raise BobError(
-            f"finetune.compile: {first_line(error)}; torch.compile needs a C++ "
-            "compiler and Python's headers; without them, set finetune.compile to false"
-        ) from None
-    return prediction
 
 
 def checkpoint_gradients(pipeline: Any) -> None:

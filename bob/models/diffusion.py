@@ -2,15 +2,17 @@
 
 import contextlib
 import importlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
+from torch._dynamo.exc import TorchDynamoException
 
-from bob.errors import BobError
+from bob.errors import BobError, first_line
 from bob.models.device import fastest_layout
 from bob.models.loading import LOADING_ERRORS, load_checked, quiet
 
@@ -88,6 +90,25 @@ def cast(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> N
         if isinstance(part, torch.nn.Linear | torch.nn.Conv2d):
             part.to(dtype)
     module.to(device).to(memory_format=fastest_layout(device, dtype))
+
+
+def compile_unet(pipeline: StableDiffusionPipeline) -> None:
+    """Have torch.compile translate the UNet when it is first called."""
+    # A cached function that asks for torch's version: diffusers', and harmless when traced.
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+    pipeline.unet.compile()  # in place, so that the weights keep their names
+
+
+@contextlib.contextmanager
+def compiled_by(parameter: str) -> Iterator[None]:
+    """Raises BobError naming the parameter where what is compiled in it cannot be."""
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise BobError(
+            f"{parameter}: {first_line(error)}; torch.compile needs a C++ compiler and Python's "
+            f"headers; without them, set {parameter} to false"
+        ) from None
 
 
 def resolution(pipeline: StableDiffusionPipeline) -> int:

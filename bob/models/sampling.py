@@ -59,11 +59,12 @@ class ImageMaker:
         guidance_scale: float,
         precision: str,
         batch_size: int,
+        compile: bool = False,
     ) -> None:
         self._base_model, self._lora = base_model, lora
         self._dtype = resolve_precision(precision)
         self._sampler, self._steps, self._guidance_scale = sampler, steps, float(guidance_scale)
-        self._batch_size = batch_size
+        self._batch_size, self._compile = batch_size, compile
         self._embeddings: dict[str, torch.Tensor] = {}
 
     @property
@@ -78,6 +79,8 @@ class ImageMaker:
             "guidance_scale": self._guidance_scale,
             "precision": dtype_name(self._dtype),
             "batch_size": self._batch_size,
+            # Named where it is so: images from before there was the choice keep their names.
+            **({"compile": True} if self._compile else {}),
         }
 
     @cached_property
@@ -87,6 +90,8 @@ class ImageMaker:
         pipeline.scheduler = SAMPLERS[self._sampler](pipeline.scheduler.config)
         diffusion.cast(pipeline.unet, self._dtype, device)
         diffusion.cast(pipeline.vae, torch.float32, device)
+        if self._compile:
+            diffusion.compile_unet(pipeline)
         return pipeline.to(device)
 
     def make(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
@@ -97,15 +102,16 @@ class ImageMaker:
         prompts = [*prompts, *[prompts[-1]] * missing]
         new = [text for text in ("", *prompts) if text not in self._embeddings]
         self._embeddings |= encode_prompts(self._pipeline, new)
-        images = sample(
-            self._pipeline,
-            torch.stack([self._embeddings[text] for text in prompts]),
-            self._embeddings[""],
-            [*seeds, *[seeds[-1]] * missing],
-            steps=self._steps,
-            guidance_scale=self._guidance_scale,
-            dtype=self._dtype,
-        )
+        with diffusion.compiled_by("generate.compile"):
+            images = sample(
+                self._pipeline,
+                torch.stack([self._embeddings[text] for text in prompts]),
+                self._embeddings[""],
+                [*seeds, *[seeds[-1]] * missing],
+                steps=self._steps,
+                guidance_scale=self._guidance_scale,
+                dtype=self._dtype,
+            )
         return images[: len(images) - missing]
 
 

@@ -97,6 +97,7 @@ def image_maker(base_model: Path, settings: Any) -> sampling.ImageMaker:
         guidance_scale=settings.guidance_scale,
         precision=settings.precision,
         batch_size=settings.batch_size,
+        compile=settings.compile,
     )
 
 
