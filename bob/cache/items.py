@@ -181,17 +181,16 @@ class ItemCache:
             if rows.keys() <= taken.keys():
                 continue
             if maker not in same:
-                chosen = self._trials.chosen(wanted, (position[one] for one in rows), batch_size)
-                recipes = [wanted.recipes[place] for place in chosen]
-                tried = {recipe: made[recipe] for recipe in recipes if recipe in made}
-                if len(tried) < len(chosen):
+                places = [position[recipe] for recipe in rows]
+                chosen = self._trials.chosen(wanted, places, batch_size, made)
+                if any(wanted.recipes[place] not in made for place in chosen):
                     self._check_may_make(len(missing) - len(taken), len(position))
-                    places = [position[recipe] for recipe in rows if recipe not in taken]
-                    chosen = self._trials.chosen(wanted, places, batch_size)
-                    tried = Making(self, wanted, work, batch_size).of([chosen])
-                    self._tried += len(tried)
-                    made |= tried
-                    taken |= tried
+                    new = Making(self, wanted, work, batch_size).of([chosen])
+                    self._tried += len(new)
+                    made |= new
+                    taken |= new
+                recipes = [wanted.recipes[place] for place in chosen]
+                tried = {recipe: made[recipe] for recipe in recipes}
                 if unequal := self._trials.record(wanted, rows, tried):
                     self._report(wanted, rows, tried, unequal)
                     continue

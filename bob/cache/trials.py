@@ -5,7 +5,7 @@ and compared byte for byte. If all are equal, the two makers are taken to make t
 family, now and later, and its other items are reused; if one is not, none is.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from bob.cache.index import Index, Row, Trial
 from bob.cache.recipe import Maker, parts_changed
@@ -40,12 +40,23 @@ class Trials:
         }
         return same, different
 
-    def chosen(self, wanted: Wanted, places: Iterable[int], size: int) -> list[int]:
-        """Of these positions the `size` to be tried: those that cover what can differ, first."""
+    def chosen(
+        self, wanted: Wanted, places: Iterable[int], size: int, made: Container[str] = ()
+    ) -> list[int]:
+        """Of these positions the `size` to be tried: those that cover what can differ, first.
+
+        All of them are in `made`, the recipes of earlier trials, and need no new one, or none is.
+        """
+
+        def first_of(places: Sequence[int]) -> list[int]:
+            by_hash = sorted(places, key=lambda place: wanted.recipes[place])
+            first = [places[0], places[-1], *wanted.covering(places)]
+            return list(dict.fromkeys([*first, *by_hash]))[:size]
+
         places = sorted(places)
-        by_hash = sorted(places, key=lambda place: wanted.recipes[place])
-        first = [places[0], places[-1], *wanted.covering(places)]
-        return list(dict.fromkeys([*first, *by_hash]))[:size]
+        new = [place for place in places if wanted.recipes[place] not in made]
+        best = first_of(places)
+        return best if set(best).isdisjoint(new) else first_of(new)
 
     def record(
         self, wanted: Wanted, theirs: Mapping[str, Row], ours: Mapping[str, Row]
