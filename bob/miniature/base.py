@@ -231,8 +231,8 @@ def timestep_shares(scheduler: DDIMScheduler) -> Tensor:
     """How often training meets each timestep: (timesteps,), not normalized.
 
     So that log SNR is normal (Karras et al. 2022, section 5). Stable Diffusion's schedule is made
-    for latents of 64 x 64: of its timesteps, drawn evenly, seven of ten leave less than half the
-    signal in those of 16 x 16, where each says more.
+    for latents of 64 x 64: drawn evenly, six of ten of its timesteps have more noise than signal,
+    and of 16 x 16 latents each says more.
     """
     signal = scheduler.alphas_cumprod
     log_snr = torch.log(signal / (1 - signal))
