@@ -36,6 +36,7 @@ from bench import (
     arms_sets,
     arms_task,
     arms_training,
+    generated_classes,
 )
 from bench.arms_results import (
     BOB,
@@ -53,7 +54,14 @@ from bench.arms_results import (
     write_page,
 )
 from bench.arms_search import SEARCHES
-from bench.arms_task import FewShot, Options, TrainingSet, few_shot_project, read_values
+from bench.arms_task import (
+    FewShot,
+    Options,
+    TrainingSet,
+    context_leakage,
+    few_shot_project,
+    read_values,
+)
 from bob.cache.recipe import bare, item_key, maker_of
 from bob.commands.configuration import MODELS
 from bob.errors import BobError
@@ -65,7 +73,7 @@ from bob.models import finetuning, sampling, training
 DATADREAM = {"finetune.context": "none", "generate.context": "none"}
 
 
-HARNESS = (arms_task, arms_training, arms_sampling, arms_critics)
+HARNESS = (arms_task, arms_training, arms_sampling, arms_critics, generated_classes)
 # Read now: a file that is edited during a long run is not what has measured.
 SOURCES = {
     one.__name__: bare(inspect.getsource(one)) for one in (*HARNESS, arms_sets, arms_filters)
@@ -227,6 +235,9 @@ def measure(arm: Arm, data_seed: int, classifiers: Sequence[int], results: Path)
         # A filter's is the finding, for which all images are asked about; else a sample will do.
         whole = len(what.images) if figures else arm.values["audit"]["captioned_per_class"]
         figures |= shots.leakage(what.images, whole)
+        shown = what.images.labelled
+        true = context_leakage(shown.labels, arms_critics.true_contexts(shown.paths))
+        figures |= {f"true_{name}": value for name, value in true.items()}
     began += time.monotonic() - made  # to look at the images is no cost of the arm
     rows = []
     for number in classifiers:

@@ -3,7 +3,6 @@
 For the filters and the soft labels of `bench.arms`.
 """
 
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,12 @@ from torch import Tensor, nn
 from bench import generated_classes
 from bench.arms_task import FewShot, Images, TrainingSet
 from bench.arms_training import chosen
-from bob.cache.recipe import bare
-from bob.formats.files import replacing_file
+from bench.generated_classes import BACKBONE
+from bob.cache.recipe import bare, item_key
+from bob.formats.files import replacing_file, sha256
 from bob.formats.photos import open_image
 from bob.formats.prompts import Context
+from bob.miniature import world
 from bob.miniature.corpus import as_input, draw_pictures
 from bob.miniature.world import CONTEXTS, POSES, TASK, corpus_variants
 from bob.models.backbones import load_timm
@@ -160,12 +161,17 @@ def _kept_judge(
     what: str, classes: int, pictures: Callable[[], tuple[Tensor, Tensor]]
 ) -> nn.Module:
     """Trained once for all data seeds, in the workspace's build folder."""
-    code = hashlib.sha256(bare(inspect.getsource(generated_classes)).encode()).hexdigest()[:12]
-    path = JUDGES / f"judge-{what}-{code}-{JUDGE_STEPS}.safetensors"
+    key = item_key(
+        what=what,
+        code=[bare(inspect.getsource(one)) for one in (generated_classes, world)],
+        backbone=sha256(BACKBONE / "model.safetensors"),
+        taught=[JUDGE_STEPS, JUDGE_PICTURES, CONTEXT_VARIANTS],
+    )
+    path = JUDGES / f"judge-{key[:12]}.safetensors"
     if not path.exists():
         trained = generated_classes.train_judge(*pictures(), JUDGE_STEPS, classes)
         with replacing_file(path) as draft:
             save_file(trained.state_dict(), draft)
-    judge = load_timm(Path("models/miniature-backbone"), classes)
+    judge = load_timm(BACKBONE, classes)
     judge.load_state_dict(load_file(path))
     return judge.eval()

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bench.arms_critics import CRITICS, true_contexts, truly_wrong
-from bench.arms_task import FewShot, Images, TrainingSet, context_leakage
+from bench.arms_critics import CRITICS, truly_wrong
+from bench.arms_task import FewShot, Images, TrainingSet
 from bench.arms_training import chosen
 
 SHARES = (10, 20, 30)
@@ -22,7 +22,6 @@ def filtered(critic: str, percent: int) -> Callable[[FewShot], TrainingSet]:
         kept = [place for place in range(len(images)) if place not in dropped]
         left = _only(images, kept)
         wrong = truly_wrong(shots, images)
-        leakage = context_leakage(left.labelled.labels, true_contexts(left.labelled.paths))
         return TrainingSet(
             shots.real,
             left.labelled,
@@ -31,7 +30,6 @@ def filtered(critic: str, percent: int) -> Callable[[FewShot], TrainingSet]:
                 "wrong": 100 * float(wrong[kept].mean()),
                 "wrong_dropped": 100 * float(wrong[sorted(dropped)].mean()),
                 "unfamiliar_dropped": 100 * _unfamiliar(shots, images, sorted(dropped)),
-                **{f"true_{what}": value for what, value in leakage.items()},
             },
         )
 

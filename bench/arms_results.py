@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -76,7 +76,9 @@ def read_rows(path: Path = RESULTS) -> list[Row]:
     with path.open(encoding="utf-8", newline="") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
             try:
-                rows.append(Row(**{f.name: _value(f.type, line[f.name]) for f in fields(Row)}))
+                told = {one.name: line.get(one.name, "") for one in fields(Row)}
+                told |= {one.name: line[one.name] for one in fields(Row) if one.default is MISSING}
+                rows.append(Row(**{f.name: _value(f.type, told[f.name]) for f in fields(Row)}))
             except (KeyError, TypeError, ValueError):
                 raise BobError(
                     f"{path}, line {number} is no result of bench.arms; restore the file with git"

@@ -25,9 +25,9 @@ SOLVERS: Mapping[str, Callable[..., Any]] = {
 
 
 class AlignYourSteps(DPMSolverMultistepScheduler):
-    """Timesteps as found best for Stable Diffusion 1.5, between which others are interpolated.
+    """The ten timesteps found best for Stable Diffusion 1.5 (arXiv 2404.14507).
 
-    Sabour et al. 2024, arXiv 2404.14507, for ten steps.
+    For other numbers of steps, timesteps are interpolated between these.
     """
 
     def set_timesteps(

@@ -68,7 +68,10 @@ class Options:
                 raise BobError(f"{where}: {name} is {value!r}; allowed: {', '.join(allowed)}")
             if not allowed and not isinstance(value, int | float):
                 raise BobError(f"{where}: {name} is {value!r}; allowed: a number")
-        return replace(self, **changes)
+        told = replace(self, **changes)
+        if told.solver == "ays" and told.spacing:
+            raise BobError(f"{where}: the solver ays has timesteps of its own; leave spacing out")
+        return told
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,8 @@ def main() -> None:
         one, full = (1, arguments.calls), (arguments.batch, arguments.batches)
         sides = [
             side(
-                f"bob, {steps} steps, batch {arguments.batch}",
+                f"bob, {steps} steps, batch {arguments.batch}"
+                + (", compiled" if arguments.compile else ""),
                 lambda: ours(*model, "dpmsolver++", steps, *full, compiled=arguments.compile),
             ),
             side(

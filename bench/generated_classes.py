@@ -29,6 +29,7 @@ FAMILIES = [variant.family for variant in world.TASK]
 # Streams of pictures that neither the dataset nor the corpus has.
 JUDGE_SEED, CHECK_SEED = 1_000_011, 1_000_012
 BATCH = 64
+BACKBONE = Path("models/miniature-backbone")
 
 
 def pictures(indices: range, seed: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,7 @@ def train_judge(
 ) -> nn.Module:
     """The backbone, fine-tuned; half of the batches are softened, as generated images are soft."""
     torch.manual_seed(0)
-    judge = load_timm(Path("models/miniature-backbone"), classes).train()
+    judge = load_timm(BACKBONE, classes).train()
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=5e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = torch.Generator().manual_seed(0)

@@ -325,11 +325,14 @@ def miniature(
 ) -> None:
     """Train the miniature's models from scratch; goes on where it was killed.
 
-    Takes hours. `dvc repro` never needs it: the trained models are in the repository.
+    Takes hours, and a C++ compiler. `dvc repro` never needs it: the trained models are in the
+    repository.
     """
     _prepare_libraries()
     from bob.miniature import build
 
+    if further and (only or measure):
+        raise click.UsageError("--further goes alone, or with --tiny")
     if measure:
         for name, what, value in build.measure(out):
             print(f"{name}: {what}: {value}")

@@ -25,7 +25,7 @@ from bob.errors import BobError
 from bob.formats.params import read_yaml
 from bob.formats.prompts import Context
 from bob.miniature.corpus import draw_pictures
-from bob.miniature.world import BACKGROUNDS, TASK
+from bob.miniature.world import BACKGROUNDS, POSES, TASK
 from bob.models.training import Trainer
 from bob.stages import classify
 from tests.conftest import ROOT
@@ -237,13 +237,7 @@ def test_every_critic_judges_all_images(shots, critic):
     what = arms_filters.filtered(critic, 30)(shots)
     assert len(what.synthetic) == 16 - 4 and len(images_of(what)) == 12
     assert Counter(what.synthetic.labels) == Counter(dict.fromkeys(range(4), 3))
-    assert what.figures.keys() == {
-        "wrong",
-        "wrong_dropped",
-        "unfamiliar_dropped",
-        "true_leakage_background",
-        "true_leakage_pose",
-    }
+    assert what.figures.keys() == {"wrong", "wrong_dropped", "unfamiliar_dropped"}
 
 
 def test_the_judge_of_contexts_names_those_of_true_pictures(tmp_path, monkeypatch):
@@ -257,9 +251,10 @@ def test_the_judge_of_contexts_names_those_of_true_pictures(tmp_path, monkeypatc
     for path, pixels in zip(paths, drawn.pixels, strict=True):
         Image.fromarray(pixels).save(path)
     named = arms_critics.true_contexts(paths)
-    backgrounds = [BACKGROUNDS[number] for number in drawn.background]
-    right = [one.background == true for one, true in zip(named, backgrounds, strict=True)]
-    assert np.mean(right) > 0.8
+    for attribute, names in (("background", BACKGROUNDS), ("pose", POSES)):
+        true = [names[number] for number in getattr(drawn, attribute)]
+        right = [getattr(one, attribute) == name for one, name in zip(named, true, strict=True)]
+        assert np.mean(right) > 0.7, attribute
 
 
 def test_a_cross_fitted_critic_has_not_seen_what_it_judges(shots, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 from bob.cache.work import Hardware
 from bob.errors import BobError
+from bob.models import precision
 from bob.models.device import autocast
 from bob.models.precision import dtype_name, hardware_here, resolve_precision
 
@@ -37,3 +38,27 @@ def test_autocast_multiplies_in_the_precision_and_fp32_is_left_alone():
         assert (a @ a).dtype == torch.bfloat16
     with autocast(CPU, torch.float32):
         assert (a @ a).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("headers", "compiler", "variable", "compiles"),
+    [
+        (True, "g++", None, True),
+        (False, "g++", None, False),
+        (True, "clang++", None, False),
+        (True, "clang++", "clang++", True),
+        (True, "g++", "not-there", False),
+    ],
+)
+def test_a_machine_compiles_with_a_compiler_and_headers(
+    headers, compiler, variable, compiles, monkeypatch, tmp_path
+):
+    if headers:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(precision.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(precision.sys, "platform", "linux")
+    monkeypatch.setattr(precision.shutil, "which", lambda name: name if name == compiler else None)
+    monkeypatch.delenv("CXX", raising=False)
+    if variable:
+        monkeypatch.setenv("CXX", variable)
+    assert precision._can_compile("cpu") == compiles

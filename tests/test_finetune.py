@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from bob.cache import checkpoints
 from bob.cache.checkpoints import Checkpoint
+from bob.cache.work import Hardware
 from bob.cli import cli
 from bob.errors import BobError
 from bob.formats import params
@@ -87,6 +88,23 @@ def steps(monkeypatch):
 
     monkeypatch.setattr(denoising, "prediction_target", counted)
     return made
+
+
+@pytest.mark.parametrize(
+    ("compile", "epochs", "able", "compiled"),
+    [
+        ("auto", 1499, True, False),
+        ("auto", 1500, True, True),
+        ("auto", 1500, False, False),
+        (True, 1, False, True),
+        (False, 10_000, True, False),
+    ],
+)
+def test_a_long_run_is_compiled_where_it_can_be(compile, epochs, able, compiled, monkeypatch):
+    there = Hardware("cpu", bf16=False, compiles=able)
+    monkeypatch.setattr(finetune, "hardware", lambda: there)
+    settings = Params(SETTINGS | {"compile": compile, "epochs": epochs}, "finetune")
+    assert finetune.is_compiled(settings, 3) == compiled
 
 
 class Killed(BaseException):

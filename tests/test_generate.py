@@ -22,7 +22,7 @@ from bob.formats.prompts import Context, Entry, read_bank, write_bank
 from bob.formats.review import KEEP, REJECT, Verdict, decide
 from bob.models import diffusion
 from bob.models.lora import add_lora, save_lora
-from bob.models.precision import device_name
+from bob.models.precision import device_name, hardware_here
 from bob.models.sampling import ImageMaker, png
 from bob.stages import generate
 from tests.builders import ONE_BLOCK, TINY_UNET, build_text_to_image
@@ -269,6 +269,7 @@ def test_manifest_and_files_must_agree(project, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hardware_here().compiles, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_network_makes_the_same_images_but_for_rounding(tmp_path):
     base = build_text_to_image(tmp_path / "base", unet_config=TINY_UNET | ONE_BLOCK)
     pipeline = diffusion.load(base, torch.device("cpu"))
@@ -287,11 +288,7 @@ def test_a_compiled_network_makes_the_same_images_but_for_rounding(tmp_path):
             compile=compile,
         )
         assert ("compile" in maker.settings) == compile, "images keep the names that they have"
-        try:
-            images = maker.make(["a bird photo of a wren", "a tit"], [0, 1])
-        except BobError as error:
-            assert "set generate.compile to false" in str(error)
-            pytest.skip(f"nothing can be compiled here: {error}")
+        images = maker.make(["a bird photo of a wren", "a tit"], [0, 1])
         made[compile] = np.stack([np.asarray(image, int) for image in images])
     assert abs(made[True] - made[False]).max() <= 1
     assert made[False].std() > 10, "which an empty image would be too"

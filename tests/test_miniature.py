@@ -12,11 +12,13 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
+from bob.errors import BobError
 from bob.formats.prompts import Context, prompt
 from bob.miniature import build, measures, training, world
 from bob.miniature.corpus import Pictures, draw_pictures, load_corpus
 from bob.miniature.measures import answer
 from bob.miniature.recipes import SCALES, Recipe
+from bob.models.precision import hardware_here
 
 MODELS = Path(__file__).parents[1] / "models"
 BASE, CAPTIONER, BACKBONE = (
@@ -179,6 +181,37 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "killed", killed_at=5)
     assert torch.equal(train(tmp_path / "killed"), whole)
+
+
+def test_a_checkpoint_of_another_recipe_is_told(tmp_path):
+    def train(recipe: Recipe, width: int = 1) -> None:
+        def loss(module: nn.Module, generator: torch.Generator, count: int) -> torch.Tensor:
+            return module(torch.ones(1, width)).sum()
+
+        training.fit("line", nn.Linear(width, 1), loss, recipe, tmp_path)
+
+    train(Recipe(steps=1, batch=1, lr=1e-2))
+    for changed in ({"recipe": Recipe(steps=2, batch=1, lr=1e-2)}, {"width": 2}):
+        given = {"recipe": Recipe(steps=1, batch=1, lr=1e-2)} | changed
+        with pytest.raises(BobError, match=r"line\.pt is of another recipe or network; delete it"):
+            train(**given)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hardware_here().compiles, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_training_on_two_threads_comes_to_the_same_but_for_rounding(tmp_path):
+    def train(*, compile: bool) -> torch.Tensor:
+        recipe = Recipe(steps=3, batch=4, lr=1e-2, shards=2, precision="fp32", compile=compile)
+
+        def loss(module: nn.Module, generator: torch.Generator, count: int) -> torch.Tensor:
+            return module(torch.randn(count, 3, generator=generator)).square().mean()
+
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        return training.fit(f"line-{compile}", network, loss, recipe, tmp_path)[0].weight
+
+    plain, compiled = train(compile=False), train(compile=True)
+    assert torch.allclose(plain, compiled, atol=1e-5)
 
 
 def test_no_checkpoint_is_left_half_written(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -514,6 +515,8 @@ def test_what_half_the_images_lose_is_told_from_the_study(tmp_path, monkeypatch)
         for count, tops in found.items()
         for seed, top1 in enumerate(tops, start=11)
     ]
+    stale = Row("images-50", ("", 13), "earlier", "", rows[2].metrics)
+    rows += [stale, replace(rows[4], run=(rows[4].run[0], 13))]
     rows.append(Row("other", ("generate.images_per_class=100 data.shots=2", 11), "", "", {}))
     Path("docs").mkdir()
     write_results(Path("docs/miniature-study.csv"), rows)

@@ -189,8 +189,7 @@ class ItemCache:
                     self._tried += len(new)
                     made |= new
                     taken |= new
-                recipes = [wanted.recipes[place] for place in chosen]
-                tried = {recipe: made[recipe] for recipe in recipes}
+                tried = {recipe: made[recipe] for recipe in rows if recipe in made}
                 if unequal := self._trials.record(wanted, rows, tried):
                     self._report(wanted, rows, tried, unequal)
                     continue

@@ -53,7 +53,7 @@ Keep = Callable[[Sequence[Made]], None]
 
 @dataclass(frozen=True)
 class Hardware:
-    """What decides the precision where items are made."""
+    """What decides how items are computed where they are made."""
 
     device: str
     """cuda or cpu."""
@@ -61,6 +61,8 @@ class Hardware:
     """Whether it multiplies in bf16; None where some of the machines do."""
     name: str = ""
     """What torch calls the GPU."""
+    compiles: bool = False
+    """Whether torch.compile has what it needs, on all of the machines."""
 
 
 class Executor(Protocol):

@@ -31,6 +31,7 @@ from bob.miniature.formats import declare_float32, merges, write_vocabulary
 from bob.miniature.recipes import SEED, Recipe, Scale
 from bob.miniature.training import fit
 from bob.miniature.world import BACKGROUNDS, CONTEXTS, DESCRIPTOR, POSES, SIZE, Variant
+from bob.models import diffusion
 
 ABOUT = "A Stable-Diffusion-shaped text-to-image model of drawn aircraft, 64 x 64 pixels."
 
@@ -426,9 +427,9 @@ def train_further(
     corpus: Pictures, scale: Scale, base: Path, folder: Path, work: Path
 ) -> dict[str, Recipe]:
     """Train the UNet of `base` further, on the same autoencoder and text encoder, into `folder`."""
-    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline = diffusion.load(base, torch.device("cpu"))
     others = pipeline.vae, pipeline.text_encoder, pipeline.tokenizer
-    start = pipeline.unet.train().requires_grad_(True)
+    start = pipeline.unet.requires_grad_(True)
     name = f"unet-{_hash(start)}"
     unet = fit_unet(corpus, *others, scale.unet_further, work, name, start)
     write_base(unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae, folder)

@@ -52,11 +52,14 @@ def train_further(
     work: Path = Path(".miniature"),
     size: Literal["full", "tiny"] = "full",
 ) -> None:
-    """Train the UNet of `out/miniature-base` further, and write the folder anew."""
+    """Train the UNet of `out/miniature-base` further, and write the folder anew.
+
+    Raises BobError where there is none.
+    """
     scale, work = SCALES[size], work / size
-    folder = out / "miniature-base"
-    corpus = load_corpus(scale, work)
+    folder = _present(out / "miniature-base")
     earlier = trainings_of(folder)
+    corpus = load_corpus(scale, work)
     with replacing(folder) as draft:
         trainings = base.train_further(corpus, scale, folder, draft, work)
         measured = dict(measures.of_base(draft, out, scale.judged))
@@ -69,8 +72,12 @@ def measure(models: Path = Path("models")) -> Iterator[tuple[str, str, str]]:
     Raises BobError where one of the three is missing.
     """
     for name in PARTS:
-        folder = models / f"miniature-{name}"
-        if not folder.is_dir():
-            raise BobError(f"{folder} is missing; `git checkout {folder}` brings it back")
+        folder = _present(models / f"miniature-{name}")
         for what, value in measures.MEASURES[name](folder, models, SCALES["full"].judged):
             yield folder.name, what, value
+
+
+def _present(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise BobError(f"{folder} is missing; `git checkout {folder}` brings it back")
+    return folder

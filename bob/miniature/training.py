@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from bob.errors import BobError
 from bob.formats.files import replacing_file
 from bob.miniature.recipes import SEED, Recipe
 from bob.miniature.world import CONTEXTS, TASK, corpus_variants
@@ -32,16 +34,22 @@ def fit(name: str, module: nn.Module, loss: Loss, recipe: Recipe, work: Path) ->
 
     Returns the averaged weights, or the last without EMA. Goes on from `work/<name>.pt`. The
     generator is seeded by the step, so that a run taken up again draws what it would have drawn.
+
+    Raises BobError where that file is of another recipe or network, and where nothing is compiled.
     """
     path = work / f"{name}.pt"
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
     optimizer = torch.optim.AdamW(
         module.parameters(), recipe.lr, recipe.betas, weight_decay=recipe.weight_decay, fused=True
     )
+    shapes = [(key, tuple(value.shape)) for key, value in module.state_dict().items()]
+    of = hashlib.sha256(repr((asdict(recipe), shapes)).encode()).hexdigest()
     state: dict[str, Any] = {"step": 0, "seconds": 0.0}
     stateful: dict[str, Any] = {"module": module, "average": average, "optimizer": optimizer}
     if path.exists():
         state = torch.load(path, weights_only=True)
+        if state.get("of") != of:
+            raise BobError(f"{path} is of another recipe or network; delete it to begin anew")
         for key, owner in stateful.items():
             owner.load_state_dict(state[key])
 
@@ -53,13 +61,15 @@ def fit(name: str, module: nn.Module, loss: Loss, recipe: Recipe, work: Path) ->
         started = time.monotonic()
         parts = {key: owner.state_dict() for key, owner in stateful.items()}
         with replacing_file(path) as draft:
-            torch.save({**parts, "step": step, "seconds": state["seconds"]}, draft)
+            torch.save({**parts, "of": of, "step": step, "seconds": state["seconds"]}, draft)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // recipe.shards))
     pool = ThreadPoolExecutor(recipe.shards)
     module.train()
-    if recipe.compile:
+    if recipe.compile and state["step"] < recipe.steps:
+        if not hardware_here().compiles:
+            raise BobError(f"{name}: torch.compile needs a C++ compiler and Python's headers")
         module.compile()  # in place, so that the weights keep their names
         _shard(module, loss, 0, recipe, 0)  # two threads that compile at once wait for ever
     running = 0.0
@@ -136,7 +146,7 @@ def write_card(
     lines.append(
         f"Corpus: {len(corpus_variants())} drawn aircraft variants (`bob/stages/draw.py`), each "
         f"in {len(CONTEXTS)} contexts; the {len(TASK)} task classes are not among them. "
-        f"Seed {SEED}. Command: `python -m bob miniature`."
+        f"Seed {SEED}. Command: `python -m bob miniature{' --further' if earlier else ''}`."
     )
     lines += ["", *earlier]
     for name, recipe in trainings.items():

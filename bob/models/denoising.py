@@ -1,10 +1,7 @@
 """Training on the noise-prediction loss: images to latents; latents and token ids to weights."""
 
 import math
-import shutil
-import sysconfig
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +20,6 @@ if TYPE_CHECKING:
 
 # The published recipe's; the learning rate, epochs and batch size are parameters.
 BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-2, 1.0
-STEPS_WORTH_COMPILING = 3000
-COMPILERS = ("c++", "g++", "clang++")
 
 
 @torch.no_grad()
@@ -146,20 +141,6 @@ def train(
 def steps_an_epoch(images: int, settings: Any) -> int:
     """Optimizer steps in one pass over the images: the last batch is filled up."""
     return math.ceil(images / settings.batch_size)
-
-
-def is_compiled(images: int, settings: Any) -> bool:
-    """Whether the UNet is compiled, by the parameter `compile`.
-
-    `auto` compiles where the run is long enough to get the minutes back, and only where there is
-    what torch.compile needs.
-    """
-    if settings.compile != "auto":
-        return bool(settings.compile)
-    if settings.epochs * steps_an_epoch(images, settings) < STEPS_WORTH_COMPILING:
-        return False
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return headers.is_file() and any(map(shutil.which, COMPILERS))
 
 
 def _prepare_to_train(pipeline: Any, settings: Any, dtype: torch.dtype, compiled: bool) -> None:

@@ -93,10 +93,14 @@ def cast(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> N
 
 
 def compile_unet(pipeline: StableDiffusionPipeline) -> None:
-    """Have torch.compile translate the UNet when it is first called."""
+    """Have torch.compile translate the UNet when it is first called.
+
+    Without races between kernels, which would differ from process to process in the last bits.
+    """
     # A cached function that asks for torch's version: diffusers', and harmless when traced.
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-    pipeline.unet.compile()  # in place, so that the weights keep their names
+    # In place, so that the weights keep their names.
+    pipeline.unet.compile(options={"deterministic": True})
 
 
 @contextlib.contextmanager

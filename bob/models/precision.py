@@ -1,6 +1,12 @@
 """In which precision items are computed: that of the hardware that makes them."""
 
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -15,10 +21,25 @@ def hardware_here() -> Hardware:
     """What this machine computes with."""
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Hardware("cuda", bf16, torch.cuda.get_device_name())
+        return Hardware("cuda", bf16, torch.cuda.get_device_name(), _can_compile("cuda"))
     # Underscored, but the one place torch tells it: get_cpu_capability() stops at AVX512.
     bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return Hardware("cpu", bf16)
+    return Hardware("cpu", bf16, compiles=_can_compile("cpu"))
+
+
+def _can_compile(device: str) -> bool:
+    """Whether torch.compile finds what it calls: compiler, Python's headers, on a GPU Triton.
+
+    By the rules of torch 2.14 (torch/_inductor/config.py), which takes seconds to import.
+    """
+    if device == "cuda":
+        if torch.cuda.get_device_capability() < (7, 0) or not importlib.util.find_spec("triton"):
+            return False
+        compilers = [os.environ.get("CC", "gcc"), "clang"]
+    else:
+        compilers = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.is_file() and any(map(shutil.which, compilers))
 
 
 @cache

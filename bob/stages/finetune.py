@@ -23,7 +23,7 @@ from bob.formats.photos import Photo, Task, read_photos, read_task
 from bob.formats.prompts import Entry, prompt, read_bank
 from bob.models import denoising, finetuning
 from bob.models.lora import LORA_FILE
-from bob.models.precision import device_name, dtype_name, resolve_precision
+from bob.models.precision import device_name, dtype_name, hardware, resolve_precision
 
 # Of the parameters, those that decide the run beside model, captions and precision.
 DECIDING = (
@@ -36,6 +36,7 @@ DECIDING = (
     "gradient_checkpointing",
     "seed",
 )
+STEPS_WORTH_COMPILING = 3000
 
 
 def run(params: Params) -> None:
@@ -92,7 +93,7 @@ def take_items(params: Params, cache: ItemCache) -> list[Row]:
         "photos": photos,
         "captions": captions,
         "settings": settings,
-        "compiled": denoising.is_compiled(len(photos), settings),
+        "compiled": is_compiled(settings, len(photos)),
     }
 
     def files(numbers: list[int]) -> Mapping[Path, str]:
@@ -114,6 +115,18 @@ def _train(
     return [made[number] for number in numbers]
 
 
+def is_compiled(settings: Any, photos: int) -> bool:
+    """Whether the UNet is compiled, by `finetune.compile`.
+
+    `auto` compiles where a run on so many photos is long enough to get the minutes back, and only
+    where it can be.
+    """
+    if settings.compile != "auto":
+        return bool(settings.compile)
+    steps = settings.epochs * denoising.steps_an_epoch(photos, settings)
+    return steps >= STEPS_WORTH_COMPILING and hardware().compiles
+
+
 def lora_wanted(
     cache: ItemCache,
     photos: Sequence[Photo],
@@ -127,7 +140,7 @@ def lora_wanted(
         "photos": [photo.sha256 for photo in photos],
         "captions": list(captions),
         "precision": dtype_name(dtype),
-        "compile": denoising.is_compiled(len(photos), settings),
+        "compile": is_compiled(settings, len(photos)),
         **{name: getattr(settings, name) for name in DECIDING},
     }
     # No trial: it would cost the training that it is to save. The weights after an epoch prove

@@ -191,7 +191,8 @@ class Cluster:
             raise BobError(f"the Ray cluster does not answer ({_reason(error)})") from None
         one = found.pop()
         bf16 = one.bf16 if all(other.bf16 == one.bf16 for other in found) else None
-        self._hardware = replace(one, bf16=bf16)
+        compiles = all(other.compiles for other in (one, *found))
+        self._hardware = replace(one, bf16=bf16, compiles=compiles)
         return self._hardware
 
     # --- making --------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def _made_on(gpu: gpus.Gpu) -> Iterator[None]:
     from bob.cache.work import Hardware
     from bob.models.precision import hardware
 
-    on = Hardware("cuda", gpu.bf16, gpu.name)
+    on = Hardware("cuda", gpu.bf16, gpu.name, compiles=True)
     hardware.cache_clear()
     try:
         with patch.object(executor(), "hardware", lambda look: on):

@@ -304,7 +304,7 @@ def fine_tuning_work(project: Project) -> Work:
     training = networks.weight_bytes(*trained) + ADAM * lora + step.peak
     return Work(
         f"{steps:,} steps of {whole}, {len(photos):,} photos"
-        + (", compiled" if denoising.is_compiled(len(photos), settings) else ""),
+        + (", compiled" if fine_tuning.is_compiled(settings, len(photos)) else ""),
         flops=_added(
             ("fp32", encode.flops / batch * len(photos)),
             (precision, steps * parts_of_batch * step.flops),

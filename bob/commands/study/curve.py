@@ -35,16 +35,17 @@ def half_as_many(per_class: int, results: Path = RESULTS) -> Half | None:
         return None
     setting, one = next(iter(told.items()))
     classes = one.metrics["images"] / int(setting[0].removeprefix(IMAGES))
-    curve: dict[int, dict[int, float]] = {}
+    curve: dict[int, dict[tuple[int, str], float]] = {}
     for (_, seed), row in (told | plain).items():
-        curve.setdefault(round(row.metrics["images"] / classes), {})[seed] = row.metrics[METRIC]
+        key = seed, row.confirmed or row.code  # rows of other code are no pair
+        curve.setdefault(round(row.metrics["images"] / classes), {})[key] = row.metrics[METRIC]
     halved = [whole for whole in curve if whole % 2 == 0 and whole // 2 in curve]
     if not halved or per_class < 1:
         return None
     whole = min(halved, key=lambda images: abs(math.log(images / per_class)))
     more, fewer = curve[whole], curve[whole // 2]
-    seeds = sorted(more.keys() & fewer.keys())
-    if not seeds:
+    pairs = sorted(more.keys() & fewer.keys())
+    if not pairs:
         return None
-    gain = paired_interval([fewer[seed] for seed in seeds], [more[seed] for seed in seeds])
+    gain = paired_interval([fewer[pair] for pair in pairs], [more[pair] for pair in pairs])
     return Half(whole, whole // 2, gain)
