@@ -238,6 +238,24 @@ def test_a_maker_found_different_is_not_tried_again_and_one_found_the_same_stays
     assert account.startswith("6 reused")
 
 
+def test_what_an_earlier_trial_has_made_speaks_also_where_a_new_one_is_made(
+    repository, monkeypatch, capsys
+):
+    """The first maker's trial has made item 0, which the second makes otherwise."""
+    second = Code({"models.sampling": "second"}, {"torch": "2"})
+    items = {0: b"item 0!", 5: b"item 5", 6: b"item 6"}
+    monkeypatch.setenv(TRIALS, "strict")
+    with ItemCache("test") as cache:
+        recipes = [KEYS[number] for number in items]
+        cache.take(wanted(recipes, second), Work(lambda places: list(items.values())), 4)
+    before(KEYS[:5])
+    monkeypatch.delenv(TRIALS)
+    account, made, _ = now()
+    assert "1 of 3 items on trial came out otherwise" in capsys.readouterr().err
+    assert {5, 6} < set(made)
+    assert account.startswith("1 reused")
+
+
 def test_no_trial_is_made_where_it_would_cost_what_it_saves_or_where_it_is_forbidden(
     repository, monkeypatch
 ):

@@ -49,7 +49,7 @@ SCALES = {
         perceptual=Recipe(steps=3500, batch=64, lr=3e-3, weight_decay=5e-2),
         autoencoder=Recipe(steps=5000, batch=32, lr=2e-3, weight_decay=0, ema=0.995, shards=2),
         text_encoder=Recipe(steps=1500, batch=256, lr=2e-3, ema=0.99, shards=2),
-        unet=Recipe(steps=16000, batch=64, lr=1e-3, ema=0.999, shards=2, compile=True),
+        unet=Recipe(steps=10000, batch=64, lr=1e-3, ema=0.999, shards=2, compile=True),
         unet_further=Recipe(steps=16000, batch=64, lr=5e-4, ema=0.999, shards=2, compile=True),
         # On a CPU, attention over an image's few tokens goes backwards slower in bf16 than in fp32.
         captioner=Recipe(steps=5000, batch=32, lr=1.5e-3, shards=2, precision="fp32"),
