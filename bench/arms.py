@@ -171,6 +171,12 @@ _ALL = [
         arms_sets.autoencoded,
         {"classify.epochs": 100},
     ),
+    Arm(
+        "degraded",
+        "sharpness and grain of all images, real and synthetic, as chance has it",
+        arms_sets.bob,
+        {"augment": "degrade"},
+    ),
     Arm("where-needed", "half of the images where validation errs", arms_sets.where_needed),
     Arm("soft-labels", "labels half by cross-fitted classifiers", arms_sets.soft_labels),
     Arm(

@@ -20,7 +20,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from bench.arms_sampling import SOLVERS, ArmMaker
-from bench.arms_training import ArmTrainer, chosen
+from bench.arms_training import AUGMENTATIONS, ArmTrainer, chosen
 from bob.cache.items import ItemCache
 from bob.cache.work import Work
 from bob.commands.study.drawn import sandbox
@@ -43,7 +43,7 @@ from bob.stages import caption, classify, draw, finetune, generate, split
 SECTIONS = ("finetune", "generate", "classify")
 """Of the params, what an arm may change: the task is the same for all."""
 
-ALLOWED = {"augment": ("none", "trivial"), "solver": ("", *SOLVERS), "spacing": ("", "karras")}
+ALLOWED = {"augment": tuple(AUGMENTATIONS), "solver": ("", *SOLVERS), "spacing": ("", "karras")}
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ Where an arm asks for nothing of its own, a classifier has the recipe that the s
 gives it, so that the item cache has it once for both.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import TrivialAugmentWide
+from torchvision.transforms.v2.functional import resize
 
 from bob.cache.recipe import bare, item_key
 from bob.formats.photos import Task
@@ -18,7 +20,7 @@ from bob.models.training import Labelled, Recipe, Trainer, TrainingImages
 
 
 class ArmTrainer(Trainer):
-    """A trainer with TrivialAugment, label smoothing, or soft labels of the synthetic images."""
+    """A trainer with augmentation, label smoothing, or soft labels of the synthetic images."""
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class ArmImages(TrainingImages):
     def change(self, *, augment: str, smoothing: float, soft: Tensor | None) -> None:
         """To be called once.
 
-        `augment` trivial is TrivialAugmentWide (arXiv 2103.10158), before the crop. `smoothing` s
+        `augment`, before the crop, is one of AUGMENTATIONS. `smoothing` s
         makes targets (1 - s) * target + s / classes. `soft` are targets [N, classes], whose rows
         sum to one, in place of labels.
         """
@@ -74,11 +76,36 @@ class ArmImages(TrainingImages):
         self.targets = (1 - smoothing) * self.targets + smoothing / self.targets.shape[1]
         # It draws from torch's global generator, which the trainer seeds: so the batches of both
         # sources are those without it.
-        self._augment = TrivialAugmentWide() if augment == "trivial" else None
+        self._augment = AUGMENTATIONS[augment]
 
     def _pixels(self, index: int) -> Tensor:
-        pixels = super()._pixels(index)
-        return pixels if self._augment is None else self._augment(pixels)
+        return self._augment(super()._pixels(index))
+
+
+def degraded(pixels: Tensor) -> Tensor:
+    """An image, uint8 (3, h, w), less sharp and with grain, as much as chance has it.
+
+    So that how sharp an image is, and what grain it has, tells neither its source nor its class.
+    """
+    height, width = pixels.shape[-2:]
+    share = float(torch.empty(()).uniform_(SHARPNESS, 1))
+    size = [max(1, round(share * height)), max(1, round(share * width))]
+    soft = resize(resize(pixels, size, antialias=True), [height, width], antialias=True)
+    grain = float(torch.empty(()).uniform_(0, GRAIN)) * torch.randn(
+        1, height, width, device=pixels.device
+    )
+    return (soft + grain).round().clamp(0, 255).to(torch.uint8)
+
+
+SHARPNESS = 0.5
+"""The least share of an image's pixels along a side that are left."""
+GRAIN = 6.0
+"""The greatest standard deviation, in grey levels, alike in all channels."""
+AUGMENTATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda pixels: pixels,
+    "trivial": TrivialAugmentWide(),  # arXiv 2103.10158
+    "degrade": degraded,
+}
 
 
 def together(*sets: Labelled) -> Labelled:

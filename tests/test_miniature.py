@@ -158,6 +158,7 @@ def test_the_tiny_training_writes_three_folders_that_stock_libraries_load(tmp_pa
         "unet"
     ]
     assert training.trainings_of(card.parent)[:-1] == trainings
+    assert "_name_or_path" not in (card.parent / "unet/config.json").read_text("utf-8")
 
 
 def test_a_training_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):

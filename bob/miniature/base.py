@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -400,10 +401,13 @@ def write_base(
     write_vocabulary(tokenizer.backend_tokenizer, folder / "tokenizer")
     declare_float32(folder / "text_encoder" / "config.json")
     # diffusers writes a key that it then warns about whenever it reads the folder.
-    vae = folder / "vae" / "config.json"
-    values = json.loads(vae.read_text("utf-8"))
-    del values["block_out_channels"]
-    vae.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _forget(folder / "vae" / "config.json", "block_out_channels")
+
+
+def _forget(config: Path, key: str) -> None:
+    values = json.loads(config.read_text("utf-8"))
+    values.pop(key, None)
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def train(corpus: Pictures, scale: Scale, folder: Path, work: Path) -> dict[str, Recipe]:
@@ -432,5 +436,7 @@ def train_further(
     start = pipeline.unet.requires_grad_(True)
     name = f"unet-{_hash(start)}"
     unet = fit_unet(corpus, *others, scale.unet_further, work, name, start)
-    write_base(unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae, folder)
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    unet.half().save_pretrained(folder / "unet")
+    _forget(folder / "unet" / "config.json", "_name_or_path")
     return {name: scale.unet_further}
