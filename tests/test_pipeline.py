@@ -124,6 +124,7 @@ OTHER = {  # values for what is no number
     "context": "none",
     "bank": "data/contexts/aircraft.jsonl",
     "precision": "bf16",
+    "compile": True,
     "sampler": "ddim",
     "mix": "none",
     "seeds": [7],

