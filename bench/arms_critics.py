@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from bench import generated_classes
 from bench.arms_task import FewShot, Images, TrainingSet
 from bench.arms_training import chosen
-from bench.generated_classes import BACKBONE
+from bench.generated_classes import BACKBONE, read_pictures
 from bob.cache.recipe import bare, item_key
 from bob.formats.files import replacing_file, sha256
-from bob.formats.photos import open_image
 from bob.formats.prompts import Context
 from bob.miniature import world
-from bob.miniature.corpus import as_input, draw_pictures
+from bob.miniature.corpus import draw_pictures
 from bob.miniature.world import CONTEXTS, POSES, TASK, corpus_variants
 from bob.models.backbones import load_timm
 from bob.models.device import computing_device
@@ -62,8 +61,7 @@ def by_nearest_shot(shots: FewShot, images: Images) -> Tensor:
 
 def by_truth(shots: FewShot, images: Images) -> Tensor:
     """The probability of the label by a judge that was taught by true pictures without end."""
-    pictures = [np.asarray(open_image(path)) for path in images.labelled.paths]
-    return _of_labels(_judged(shots, as_input(np.stack(pictures))), images)
+    return _of_labels(_judged(shots, read_pictures(images.labelled.paths)), images)
 
 
 def by_chance(shots: FewShot, images: Images) -> Tensor:
@@ -82,8 +80,7 @@ CRITICS: Mapping[str, Critic] = {
 
 def truly_wrong(shots: FewShot, images: Images) -> np.ndarray:
     """Bool [N]: whether the judge that knows the truth names another class."""
-    pictures = [np.asarray(open_image(path)) for path in images.labelled.paths]
-    named = _judged(shots, as_input(np.stack(pictures))).argmax(1)
+    named = _judged(shots, read_pictures(images.labelled.paths)).argmax(1)
     return (named != torch.tensor(images.labelled.labels)).numpy()
 
 
@@ -151,9 +148,8 @@ def true_contexts(paths: Sequence[Path]) -> list[Context]:
         return drawn.tensor(slice(None)), torch.from_numpy(contexts)
 
     judge = _kept_judge("context", len(CONTEXTS), pictures)
-    shown = as_input(np.stack([np.asarray(open_image(path)) for path in paths]))
     with torch.inference_mode():
-        named = torch.cat([judge(batch).argmax(1) for batch in shown.split(256)])
+        named = torch.cat([judge(batch).argmax(1) for batch in read_pictures(paths).split(256)])
     return [Context(*CONTEXTS[number]) for number in named.tolist()]
 
 

@@ -76,9 +76,9 @@ def read_rows(path: Path = RESULTS) -> list[Row]:
     with path.open(encoding="utf-8", newline="") as file:
         for number, line in enumerate(csv.DictReader(file), start=2):
             try:
-                told = {one.name: line.get(one.name, "") for one in fields(Row)}
-                told |= {one.name: line[one.name] for one in fields(Row) if one.default is MISSING}
-                rows.append(Row(**{f.name: _value(f.type, told[f.name]) for f in fields(Row)}))
+                # Columns with a default are younger than some files.
+                known = [one for one in fields(Row) if one.name in line or one.default is MISSING]
+                rows.append(Row(**{one.name: _value(one.type, line[one.name]) for one in known}))
             except (KeyError, TypeError, ValueError):
                 raise BobError(
                     f"{path}, line {number} is no result of bench.arms; restore the file with git"

@@ -16,13 +16,13 @@ from sklearn.cluster import KMeans
 from bench.arms_critics import cross_fitted
 from bench.arms_task import FewShot, Images, TrainingSet, with_contexts
 from bench.arms_training import relabelled, rounded, together
+from bench.generated_classes import read_pictures
 from bob.cache.recipe import item_key
 from bob.commands.study.drawn import SEED, write_drawn_set
 from bob.formats.files import sha256
 from bob.formats.manifest import Generated
 from bob.formats.photos import Task, open_image
 from bob.formats.prompts import Context, Entry, prompt
-from bob.miniature.corpus import as_input
 from bob.miniature.measures import reconstructed
 from bob.miniature.world import TASK, corpus_variants
 from bob.models.training import Labelled
@@ -205,7 +205,7 @@ def autoencoded(shots: FewShot) -> TrainingSet:
 
     So being soft tells no class. To be run with half the epochs, for as many steps.
     """
-    pixels = as_input(np.stack([np.asarray(open_image(path)) for path in shots.real.paths]))
+    pixels = read_pictures(shots.real.paths)
     rebuilt = (reconstructed(shots.base_model, pixels) * 127.5 + 127.5).round().byte()
     folder = Path("autoencoded")
     folder.mkdir(exist_ok=True)

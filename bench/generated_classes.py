@@ -8,6 +8,7 @@ the right class, of the right family, and of the right class when only its famil
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,11 @@ def pictures(indices: range, seed: int) -> tuple[Tensor, Tensor]:
     """Every class in every context for each index: float32 [N, 3, 64, 64] in [-1, 1], labels."""
     drawn = draw_pictures(world.TASK, indices, seed)
     return drawn.tensor(slice(None)), torch.from_numpy(drawn.variant)
+
+
+def read_pictures(paths: Iterable[Path]) -> Tensor:
+    """Images of the miniature's size as the judges take them: float32 [N, 3, 64, 64] in [-1, 1]."""
+    return as_input(np.stack([np.asarray(open_image(path)) for path in paths]))
 
 
 def train_judge(
@@ -80,9 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     judge = train_judge(*pictures(range(arguments.pictures), JUDGE_SEED), arguments.steps)
     generated = read_manifest()
-    images = as_input(
-        np.stack([np.asarray(open_image(GENERATE / image.file)) for image in generated])
-    )
+    images = read_pictures(GENERATE / image.file for image in generated)
     labels = torch.tensor([NAMES.index(image.class_name) for image in generated])
     rows = {"true pictures": shares(judge, *pictures(range(2), CHECK_SEED))}
     rows["generated"] = shares(judge, images, labels)

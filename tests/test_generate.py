@@ -268,6 +268,16 @@ def test_manifest_and_files_must_agree(project, capsys):
         check_files(GENERATED)
 
 
+def image_maker(base, lora, **changed):
+    given: dict[str, Any] = {
+        "sampler": "ddim",
+        "steps": 2,
+        "guidance_scale": 2,
+        "precision": "fp32",
+    }
+    return ImageMaker(base, lora, **given | changed)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hardware_here().compiles, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_network_makes_the_same_images_but_for_rounding(tmp_path):
@@ -277,16 +287,7 @@ def test_a_compiled_network_makes_the_same_images_but_for_rounding(tmp_path):
     save_lora(pipeline, tmp_path / "lora")
     made = {}
     for compile in (False, True):
-        maker = ImageMaker(
-            base,
-            tmp_path / "lora",
-            sampler="ddim",
-            steps=2,
-            guidance_scale=2,
-            precision="fp32",
-            batch_size=2,
-            compile=compile,
-        )
+        maker = image_maker(base, tmp_path / "lora", batch_size=2, compile=compile)
         assert ("compile" in maker.settings) == compile, "images keep the names that they have"
         images = maker.make(["a bird photo of a wren", "a tit"], [0, 1])
         made[compile] = np.stack([np.asarray(image, int) for image in images])
@@ -295,15 +296,7 @@ def test_a_compiled_network_makes_the_same_images_but_for_rounding(tmp_path):
 
 
 def test_an_image_does_not_depend_on_place_neighbours_or_how_many_are_made(models):
-    maker = ImageMaker(
-        models / "base",
-        models / "lora",
-        sampler="dpmsolver++",
-        steps=2,
-        guidance_scale=2,
-        precision="fp32",
-        batch_size=3,
-    )
+    maker = image_maker(models / "base", models / "lora", batch_size=3, sampler="dpmsolver++")
     prompts = ["a bird photo of a wren", "a bird photo of a tit", "green leaves"]
 
     def files(prompts, seeds):
