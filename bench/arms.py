@@ -53,7 +53,7 @@ from bench.arms_results import (
     read_rows,
     write_page,
 )
-from bench.arms_search import SEARCHES
+from bench.arms_search import SEARCHES, named
 from bench.arms_task import (
     FewShot,
     Options,
@@ -194,19 +194,23 @@ ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _ALL}
 
 
 def arm_of(name: str) -> Arm:
-    """The arm of a name, with its settings; raises BobError for one that there is not."""
+    """The arm of a name, with its settings; raises BobError for one that there is not.
+
+    In whatever order they are told, the arm has one name.
+    """
     base, _, told = name.partition(":")
     if base not in ARMS:
         raise BobError(f"there is no arm {base}; {nearest(base, [*ARMS, *SEARCHES])}")
-    arm, changes = ARMS[base], dict[str, Any]()
+    arm, settings = ARMS[base], dict[str, str]()
     for setting in filter(None, told.split(",")):
         key, equals, value = setting.partition("=")
         if not equals:
             raise BobError(f"{name}: {setting} is no setting; write key=value")
-        changes[key] = YAML(typ="safe").load(value)
-    arm = Arm(
-        name, f"{arm.about}; {told}" if told else arm.about, arm.make, {**arm.changes, **changes}
-    )
+        settings[key] = value
+    changes = {key: YAML(typ="safe").load(value) for key, value in settings.items()}
+    name = named(base, settings)
+    about = "; ".join(filter(None, (arm.about, name.partition(":")[2])))
+    arm = Arm(name, about, arm.make, {**arm.changes, **changes})
     _ = arm.values, arm.options  # which may raise
     return arm
 
@@ -395,7 +399,8 @@ def _verdict(arms: Sequence[str], until: float, results: Path, *, told: bool) ->
         raise BobError("--verdict is for arms that are named one by one")
     if told:
         raise BobError("--verdict has seeds of its own and is given once: no --seeds, no --again")
-    judged = {name: arm_of(name).code for name in arms if name != BOB}
+    chosen = map(arm_of, arms)
+    judged = {arm.name: arm.code for arm in chosen if arm.name != BOB}
     check_not_judged(judged, by_arm(read_rows(results)))
     return Call(arms, VERDICT, JUDGED_BY, until, False, results)
 

@@ -21,7 +21,7 @@ from bob.formats.files import replacing_file, sha256
 from bob.formats.prompts import Context
 from bob.miniature import world
 from bob.miniature.corpus import draw_pictures
-from bob.miniature.world import CONTEXTS, POSES, TASK, corpus_variants
+from bob.miniature.world import CONTEXTS, TASK, corpus_variants
 from bob.models.backbones import load_timm
 from bob.models.device import computing_device
 from bob.models.preprocessing import read_inputs
@@ -144,8 +144,7 @@ def true_contexts(paths: Sequence[Path]) -> list[Context]:
         drawn = draw_pictures(
             corpus_variants()[:CONTEXT_VARIANTS], range(1), generated_classes.JUDGE_SEED
         )
-        contexts = drawn.background * len(POSES) + drawn.pose
-        return drawn.tensor(slice(None)), torch.from_numpy(contexts)
+        return drawn.tensor(slice(None)), torch.from_numpy(drawn.context)
 
     judge = _kept_judge("context", len(CONTEXTS), pictures)
     with torch.inference_mode():

@@ -12,6 +12,8 @@ from bob.commands.study.statistics import (
     Interval,
     holm,
     p_value,
+    paired,
+    ratio_interval,
     smallest_visible,
     two_level_interval,
 )
@@ -28,6 +30,7 @@ VERDICT = range(21, 31)
 JUDGED_BY = range(3)
 """The classifier seeds of a verdict."""
 BOB = "bob"
+FLOOR, CEILING = "real", "drawn"
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
@@ -204,6 +207,26 @@ class Comparison:
         return fmean(known) if known else math.nan
 
 
+def way_of(arm: str, results: Results, metric: str, seeds: Iterable[int]) -> Interval:
+    """Percent of the way from real only to the ceiling that an arm goes, with Fieller's interval.
+
+    Over the data seeds that all three have; NaN where there is none.
+    """
+    three = [results.get(one, {}) for one in (arm, FLOOR, CEILING)]
+    own, floor, ceiling = (
+        [
+            fmean(getattr(row, metric) for row in one[seed].values())
+            for seed in seeds
+            if all(seed in other for other in three)
+        ]
+        for one in three
+    )
+    if not own:
+        return Interval(math.nan, math.nan, math.nan)
+    way = ratio_interval(paired(own, floor), paired(ceiling, floor))
+    return Interval(*(100 * end for end in way))
+
+
 def page(rows: Sequence[Row], about: Mapping[str, str], code: Mapping[str, str]) -> str:
     """The tables; `about` and `code` are what each arm that there is changes, and its code."""
     results = by_arm(rows)
@@ -212,14 +235,17 @@ def page(rows: Sequence[Row], about: Mapping[str, str], code: Mapping[str, str])
         "Written by `python -m bench.arms --page` from `bench/results/arms.csv`. Differences are "
         "paired by data seed and classifier seed, with a 95 % interval by a bootstrap over both "
         "(data seeds, and classifier seeds within them). *Visible* is the smallest true difference "
-        "that as many data seeds would show with 80 % power. Evaluations are those of the UNet for "
-        "all images that an arm makes, in thousands.",
+        "that as many data seeds would show with 80 % power. *Way* is how much of the way from "
+        f"`{FLOOR}` to `{CEILING}` an arm goes, in percent, with an interval by Fieller's theorem "
+        "over data seeds. Evaluations are those of the UNet for all images that an arm makes, in "
+        "thousands.",
     ]
     tuned = [Comparison.of(arm, results, "val_top1", TUNING) for arm in results]
+    ways = {arm: way_of(arm, results, "val_top1", TUNING) for arm in results}
     parts += [
         "## Tuning, on validation",
         f"Data seeds {TUNING[0]} to {TUNING[-1]}. Test is not measured there.",
-        _table([one for one in tuned if one.differences], "val_top1", about),
+        _table([one for one in tuned if one.differences], "val_top1", about, ways),
     ]
     judged = [
         Comparison.of(arm, results, "test_top1", VERDICT)
@@ -227,12 +253,13 @@ def page(rows: Sequence[Row], about: Mapping[str, str], code: Mapping[str, str])
         if is_judged(seeds) and is_judged(results.get(BOB, {}))
     ]
     if any(one.arm != BOB for one in judged):
+        ways = {one.arm: way_of(one.arm, results, "test_top1", VERDICT) for one in judged}
         parts += [
             "## Verdicts, on test",
             f"Data seeds {VERDICT[0]} to {VERDICT[-1]}, which nothing was tuned on; each arm once. "
             "p-values (Student's t over data seeds) are corrected by Holm's method for the number "
             "of arms judged.",
-            _table(judged, "test_top1", about, judged=True),
+            _table(judged, "test_top1", about, ways, judged=True),
         ]
     other = [row for row in rows if row.arm in code and row.code != code[row.arm]]
     if other:
@@ -245,7 +272,11 @@ def page(rows: Sequence[Row], about: Mapping[str, str], code: Mapping[str, str])
 
 
 def _table(
-    compared: Sequence[Comparison], metric: str, about: Mapping[str, str], judged: bool = False
+    compared: Sequence[Comparison],
+    metric: str,
+    about: Mapping[str, str],
+    ways: Mapping[str, Interval],
+    judged: bool = False,
 ) -> str:
     tests = [one for one in compared if one.arm != BOB]
     corrected = dict(
@@ -254,6 +285,7 @@ def _table(
     header = ["arm", "n", "top-1", f"{MINUS} BOB", "95 % interval", "visible"]
     header += ["p, Holm"] if judged else []
     header += [
+        "way",
         "leakage",
         "true leakage",
         "wrong",
@@ -272,14 +304,16 @@ def _table(
             str(len(one.differences)),
             _figure(one.mean(metric)),
             DASH if is_bob else _figure(interval.mean, sign=True),
-            DASH
-            if is_bob or math.isnan(interval.low)
-            else f"{_figure(interval.low, sign=True)} to {_figure(interval.high, sign=True)}",
+            DASH if is_bob else _ends(interval, 2, sign=True),
             DASH if is_bob else _figure(smallest_visible(one.means)),
         ]
         if judged:
             cells.append(DASH if is_bob else _figure(corrected[one.arm], 3))
+        way = ways[one.arm]
         cells += [
+            DASH
+            if one.arm in (FLOOR, CEILING) or math.isnan(way.mean)
+            else f"{_figure(way.mean, 0)} ({_ends(way, 0)})",
             _both(one.mean("leakage_background"), one.mean("leakage_pose"), 3),
             _both(one.mean("true_leakage_background"), one.mean("true_leakage_pose"), 3),
             _figure(one.mean("wrong"), 1),
@@ -297,6 +331,12 @@ def _figure(value: float, places: int = 2, sign: bool = False) -> str:
     if math.isnan(value):
         return DASH
     return f"{value:{'+' if sign else ''}.{places}f}".replace("-", MINUS)
+
+
+def _ends(interval: Interval, places: int, sign: bool = False) -> str:
+    if math.isnan(interval.low):
+        return DASH
+    return f"{_figure(interval.low, places, sign)} to {_figure(interval.high, places, sign)}"
 
 
 def _both(one: float, other: float, places: int) -> str:

@@ -1,9 +1,10 @@
 """Staged searches of a training recipe on validation, for `bench.arms`.
 
 A full grid would have 216 recipes for real only. Instead each stage varies a few settings about the
-best of the stage before: what the images become, how long and how fast it trains, what restrains
-it. A stage is begun when all of the one before have been measured under all data seeds of the call;
-best is the highest mean of validation top-1 over them, of equals the first.
+best of the stage before: how the two sources are weighed and how firm the images are, what the
+images become, how long and how fast it trains, what restrains it. A stage is begun when all of the
+one before have been measured under all data seeds of the call; best is the highest mean of
+validation top-1 over them, of equals the first.
 """
 
 import itertools
@@ -42,7 +43,7 @@ class Search:
 
 def named(arm: str, settings: Mapping[str, str]) -> str:
     """The name of an arm with settings."""
-    told = ",".join(f"{key}={value}" for key, value in settings.items())
+    told = ",".join(f"{key}={value}" for key, value in sorted(settings.items()))
     return f"{arm}:{told}" if told else arm
 
 
@@ -72,9 +73,11 @@ _RECIPE: tuple[Grid, ...] = (
     },
     {"classify.weight_decay": ("1e-2", "1e-1"), "smoothing": ("0", "0.1")},
 )
-_WEIGHT: Grid = {"classify.real_weight": ("0.1", "0.2", "0.3", "0.5", "0.7")}
+_SOURCES: Grid = {
+    "classify.real_weight": ("0.1", "0.2", "0.3", "0.5"),
+    "generate.guidance_scale": ("1.5", "2.0", "3.0"),
+}
 SEARCHES: Mapping[str, Search] = {
     "real-tuned": Search("real", "real only, by its own best recipe", _RECIPE),
-    "bob-tuned": Search("bob", "real + synthetic, by its own best recipe", (*_RECIPE, _WEIGHT)),
-    "real-weight": Search("bob", "the loss's weight of the real photos", (_WEIGHT,)),
+    "bob-tuned": Search("bob", "real + synthetic, by its own best recipe", (_SOURCES, *_RECIPE)),
 }

@@ -210,17 +210,7 @@ class FewShot:
         maker = ArmMaker(
             self.base_model,
             layout.LORA,
-            **{
-                name: getattr(settings, name)
-                for name in (
-                    "sampler",
-                    "steps",
-                    "guidance_scale",
-                    "precision",
-                    "batch_size",
-                    "compile",
-                )
-            },
+            **generate.maker_options(settings),
             solver=self.options.solver,
             spacing=self.options.spacing,
             interval=(self.options.low, self.options.high),

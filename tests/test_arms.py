@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 
 from bench import arms, arms_critics, arms_filters, arms_results, arms_sets
 from bench.arms import ARMS, Call, arm_of, measure
-from bench.arms_results import BOB, VERDICT, Row, add_row, by_arm, page, read_rows
+from bench.arms_results import BOB, VERDICT, Row, add_row, by_arm, page, read_rows, way_of
 from bench.arms_sampling import ArmMaker
 from bench.arms_search import SEARCHES, Search
 from bench.arms_task import FewShot, Options, few_shot_project
@@ -481,6 +481,17 @@ def test_differences_are_paired_and_validation_alone_is_shown_of_tuning(workspac
     assert "| 10 |" in line and "+2.50" in line and "| 0.000 |" in line
 
 
+def test_the_way_to_the_ceiling_is_over_data_seeds_that_all_three_have():
+    rows = [row_of("drawn", 3, 0, 99.0), row_of(BOB, 4, 0, 1.0)]
+    for seed, spread in enumerate((-1.0, 0.0, 1.0)):
+        for arm, accuracy in (("real", 60.0), (BOB, 78.0 + spread), ("drawn", 80.0)):
+            rows.append(row_of(arm, seed, 0, accuracy))
+    way = way_of(BOB, by_arm(rows), "val_top1", range(10))
+    assert way.mean == pytest.approx(90) and way.low < 90 < way.high
+    assert "| 90 (" in page(rows, {}, {})
+    assert math.isnan(way_of(BOB, by_arm(rows[:2]), "val_top1", range(10)).mean)
+
+
 # --- searches ----------------------------------------------------------------------------------
 
 
@@ -506,8 +517,16 @@ def test_every_point_of_every_search_is_an_arm(workspace):
         names: list[str] = []
         for _ in search.stages:
             names = search.arms(by_arm(best_first(names)), [0], [0])
-        assert all(arm_of(name).values for name in names)
-    assert len(names) == 5
+        assert all(arm_of(name).name == name for name in names)
+
+
+def test_an_arm_has_one_name_in_whatever_order_its_settings_are_told(workspace):
+    told = "real:smoothing=0.1,classify.epochs=2"
+    assert arm_of(told).name == "real:classify.epochs=2,smoothing=0.1"
+    for row in judged("real:classify.epochs=2,smoothing=0.1", code=arm_of(told).code):
+        add_row(row)
+    result = invoke(told, "--verdict")
+    assert result.exit_code == 1 and "judged already" in result.output
 
 
 def test_all_arms_are_listed(workspace):

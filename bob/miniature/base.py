@@ -362,7 +362,7 @@ def fit_unet(
 
     def loss(unet: UNet2DConditionModel, generator: torch.Generator, count: int) -> Tensor:
         rows = corpus.rows(count, generator)
-        context = torch.from_numpy(corpus.background[rows] * len(POSES) + corpus.pose[rows])
+        context = torch.from_numpy(corpus.context[rows])
         tokens, _, _ = captions.draw(torch.from_numpy(corpus.variant[rows]), context, generator)
         with torch.no_grad():
             text = text_encoder(tokens).last_hidden_state

@@ -59,6 +59,11 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    @property
+    def context(self) -> np.ndarray:
+        """Background and pose as one number, int64 (n,), index into CONTEXTS."""
+        return self.background * len(POSES) + self.pose
+
     def tensor(self, rows: Any) -> Tensor:
         """Pictures as the networks take them: float32 (n, 3, 64, 64) in [-1, 1]."""
         return as_input(self.pixels[rows])

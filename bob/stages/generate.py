@@ -89,16 +89,19 @@ def take_items(
 
 def image_maker(base_model: Path, settings: Any) -> sampling.ImageMaker:
     """What makes the images by `settings`, the parameters of `generate`; nothing is loaded yet."""
-    return sampling.ImageMaker(
-        base_model,
-        LORA,
-        sampler=settings.sampler,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-        compile=settings.compile,
-    )
+    return sampling.ImageMaker(base_model, LORA, **maker_options(settings))
+
+
+def maker_options(settings: Any) -> dict[str, Any]:
+    """The options of an ImageMaker that `settings` say, the parameters of `generate`."""
+    return {
+        "sampler": settings.sampler,
+        "steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "precision": settings.precision,
+        "batch_size": settings.batch_size,
+        "compile": settings.compile,
+    }
 
 
 def decided_by(
