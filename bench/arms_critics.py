@@ -24,7 +24,7 @@ from bob.miniature.corpus import draw_pictures
 from bob.miniature.world import CONTEXTS, TASK, corpus_variants
 from bob.models.backbones import load_timm
 from bob.models.device import computing_device
-from bob.models.preprocessing import read_inputs
+from bob.models.features import pooled_features
 from bob.models.similarity import nearest
 
 FOLDS = 3
@@ -52,8 +52,12 @@ def by_nearest_shot(shots: FewShot, images: Images) -> Tensor:
 
     By cosine similarity in the features of the corpus' backbone, which knows no task class.
     """
-    generated = _features(shots, images.labelled.paths)
-    numbers, values = nearest(generated, _features(shots, shots.real.paths), len(shots.real))
+    network, preprocessing = shots.backbone.features(), shots.backbone.preprocessing
+    generated, real = (
+        pooled_features(network, preprocessing, one.paths, computing_device())
+        for one in (images.labelled, shots.real)
+    )
+    numbers, values = nearest(generated, real, len(real))
     own = np.array(shots.real.labels)[numbers] == np.array(images.labelled.labels)[:, None]
     best = [np.where(which, values, -np.inf).max(1) for which in (own, ~own)]
     return torch.from_numpy(best[0] - best[1])
@@ -103,15 +107,6 @@ def cross_fitted(shots: FewShot, images: Images, seeds: Sequence[int]) -> Tensor
 
 def _of_labels(probabilities: Tensor, images: Images) -> Tensor:
     return probabilities[torch.arange(len(images)), torch.tensor(images.labelled.labels)]
-
-
-@torch.inference_mode()
-def _features(shots: FewShot, paths: Sequence[Path]) -> np.ndarray:
-    """Pooled features, (n, d) float64."""
-    device = computing_device()
-    network = shots.backbone.features().eval().to(device)
-    inputs = read_inputs(paths, shots.backbone.preprocessing)
-    return torch.cat([network(batch.to(device)).double().cpu() for batch in inputs]).numpy()
 
 
 # --- the judge that knows the truth --------------------------------------------------------------

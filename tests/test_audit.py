@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from bob.cache.items import ItemCache
@@ -11,27 +10,26 @@ from bob.formats.params import Params
 from bob.formats.photos import Photo, Task
 from bob.formats.prompts import Context
 from bob.miniature import world
-from bob.models import diffusion, similarity
+from bob.models import similarity
 from bob.stages import audit
 from tests.builders import build_photos, build_text_to_image
 from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = build_text_to_image(tmp_path_factory.mktemp("models") / "base")
-    return diffusion.load(folder, torch.device("cpu"))
+def base_model(tmp_path_factory):
+    return build_text_to_image(tmp_path_factory.mktemp("models") / "base")
 
 
 def pairs(count, context_of):
     return [(f"class {i % 4}", context_of(i)) for i in range(count)]
 
 
-def test_leakage_is_one_where_the_context_decides_the_class_and_zero_at_chance(pipeline):
+def test_leakage_is_one_where_the_context_decides_the_class_and_zero_at_chance(base_model):
     random = np.random.default_rng(0)
     tied = pairs(80, lambda i: Context(f"place {i % 4}", "one pose"))
     free = pairs(80, lambda i: Context(f"place {random.integers(4)}", "one pose"))
-    clusters = audit.cluster_contexts({"real": tied, "generated": free}, len(tied), pipeline)
+    clusters = audit.cluster_contexts({"real": tied, "generated": free}, len(tied), base_model)
     scores = audit.context_leakage(tied, clusters)
     assert scores["background"] == pytest.approx(1)
     assert scores["pose"] == pytest.approx(0, abs=1e-9)
@@ -39,12 +37,12 @@ def test_leakage_is_one_where_the_context_decides_the_class_and_zero_at_chance(p
     assert [len(set(numbers.values())) for numbers in clusters.values()] == [4, 1]
 
 
-def test_phrases_that_are_all_distinct_do_not_leak_by_being_distinct(pipeline):
+def test_phrases_that_are_all_distinct_do_not_leak_by_being_distinct(base_model):
     """Plain mutual information would call this the maximum."""
     random = np.random.default_rng(0)
     words = [" ".join(random.choice(list("abcdefgh"), 3)) for _ in range(100)]
     distinct = pairs(100, lambda i: Context(f"{words[i]} {i}", "pose"))
-    clusters = audit.cluster_contexts({"real": distinct}, len(distinct), pipeline)
+    clusters = audit.cluster_contexts({"real": distinct}, len(distinct), base_model)
     assert len(set(clusters["background"].values())) == 10
     assert abs(audit.context_leakage(distinct, clusters)["background"]) < 0.15
     assert audit.context_leakage([], clusters) == {"background": 0, "pose": 0}

@@ -95,6 +95,18 @@ def test_what_is_broken_is_one_line_that_names_the_folder(models, tmp_path, name
     assert break_ is not with_another or "another.weight" in message
 
 
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_file_that_is_cut_off_is_one_line_that_names_the_folder(models, tmp_path, name):
+    _, load, part = LOADERS[name]
+    folder = tmp_path / "model"
+    shutil.copytree(models[name], folder)
+    path = min((folder / part).glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BobError) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_lora_that_is_not_finite_makes_no_black_images(models, tmp_path):
     pipeline = diffusion.load(models["unet"], CPU)
     add_lora(pipeline, rank=2, seed=0)

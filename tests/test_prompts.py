@@ -8,7 +8,7 @@ import pytest
 
 from bob.errors import BobError
 from bob.formats.files import write_jsonl
-from bob.formats.manifest import read_manifest, write_manifest
+from bob.formats.manifest import passed_over_of, read_manifest, write_manifest
 from bob.formats.photos import Task
 from bob.formats.prompts import (
     Context,
@@ -20,7 +20,6 @@ from bob.formats.prompts import (
     write_bank,
 )
 from bob.miniature.world import CONTEXTS
-from bob.stages.generate import passed_over_of
 from bob.stages.generate import plan as plan_images
 from tests.conftest import ROOT
 

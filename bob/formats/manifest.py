@@ -4,7 +4,8 @@ It is the `metadata.jsonl` of an image folder as Hugging Face `datasets` loads i
 the image, each other key a column.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -55,6 +56,16 @@ class Generated:
     def number(self) -> int:
         """Its number in its class, after which its file is named."""
         return int(PurePosixPath(self.file).stem)
+
+
+def passed_over_of(images: Sequence[Generated]) -> Counter[str]:
+    """How many images of each class were rejected before its last, if any.
+
+    Their numbers are missing among those of the images.
+    """
+    last = {image.class_name: image.number for image in images}
+    counts = Counter(image.class_name for image in images)
+    return +Counter({name: number + 1 - counts[name] for name, number in last.items()})
 
 
 def write_manifest(path: Path, images: Iterable[Generated]) -> None:

@@ -144,8 +144,8 @@ def write_card(
     """
     lines = [f"# {title}", "", about, "", "## Training", ""]
     lines.append(
-        f"Corpus: {len(corpus_variants())} drawn aircraft variants (`bob/stages/draw.py`), each "
-        f"in {len(CONTEXTS)} contexts; the {len(TASK)} task classes are not among them. "
+        f"Corpus: {len(corpus_variants())} drawn aircraft variants (`bob/miniature/world.py`), "
+        f"each in {len(CONTEXTS)} contexts; the {len(TASK)} task classes are not among them. "
         f"Seed {SEED}. Command: `python -m bob miniature{' --further' if earlier else ''}`."
     )
     lines += ["", *earlier]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from bob.errors import BobError
 from bob.models.device import computing_device
-from bob.models.loading import load_checked, reason_of
+from bob.models.loading import LOADING_ERRORS, load_checked, reason_of
 from bob.models.precision import dtype_name, resolve_precision
 
 # Named in an answer's key in the item cache: the modules that make it, and what they stand on.
@@ -55,7 +55,9 @@ class VisionLanguageModel:
                 dtype=self._dtype,
                 trust_remote_code=False,
             )
-        except (OSError, ValueError) as error:
+        except torch.OutOfMemoryError:  # a RuntimeError, but nothing is wrong with the model
+            raise
+        except LOADING_ERRORS as error:
             raise BobError(
                 f"caption.model {self._folder} is no image-text-to-text model that transformers "
                 f"loads, and has no endpoint.json ({' '.join(str(error).split())[:200]})"

@@ -1,7 +1,8 @@
 """Stage audit: what the synthetic set is like, beside the accuracy that comes of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from bob.formats.params import Params
 from bob.formats.photos import Photo, Task, batches, open_image, read_photos, read_task
 from bob.formats.prompts import ATTRIBUTES, Context, read_bank
 from bob.models import diffusion
-from bob.models.backbones import Backbone, open_backbone
+from bob.models.backbones import open_backbone
 from bob.models.device import computing_device, device_here
-from bob.models.preprocessing import read_inputs
+from bob.models.features import pooled_features
 from bob.models.similarity import diversity, kernel_inception_distance, nearest, subset_size
 from bob.models.threads import in_threads
 from bob.stages.caption import accepted_answers, cached_ask
@@ -59,8 +60,7 @@ def run(params: Params) -> None:
         with ItemCache("audit") as cache:
             shown = contexts_shown(asked, task, params, cache)
     sets = context_sets(generated, asked, shown)
-    base_model = diffusion.load(Path(params.finetune.base_model), computing_device())
-    clusters = cluster_contexts(sets, len(sets["real"]), base_model)
+    clusters = cluster_contexts(sets, len(sets["real"]), Path(params.finetune.base_model))
     metrics = {"images": len(generated), **context_metrics(sets, clusters)}
     prompted = [
         (image.context, seen)
@@ -139,10 +139,14 @@ def features_of(
     photos: Sequence[Photo], val: Sequence[Photo], generated: Sequence[Generated], params: Params
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features of shots and validation photos, and of generated images, by audit.feature_model."""
-    real, synthetic = _features(
-        open_backbone(params.audit.feature_model),
-        [photo.path for photo in (*photos, *val)],
-        [GENERATE / image.file for image in generated],
+    backbone = open_backbone(params.audit.feature_model)
+    network, device = backbone.features(), computing_device()
+    real, synthetic = (
+        pooled_features(network, backbone.preprocessing, paths, device)
+        for paths in (
+            [photo.path for photo in (*photos, *val)],
+            [GENERATE / image.file for image in generated],
+        )
     )
     return real, synthetic
 
@@ -269,23 +273,29 @@ def context_obedience(
     }
 
 
-def cluster_contexts(sets: Mapping[str, Pairs], shots: int, pipeline: Any) -> Clusters:
-    """Cluster the phrases of all sets together, each attribute by itself."""
+def cluster_contexts(sets: Mapping[str, Pairs], shots: int, base_model: Path) -> Clusters:
+    """Cluster the phrases of all sets together, each attribute by itself.
+
+    The base model's text encoder tells how like they are; it is loaded only where that is asked.
+    """
+    encoder = cache(lambda: diffusion.load(base_model, computing_device()))
     contexts = [context for pairs in sets.values() for _, context in pairs]
     return {
         attribute: cluster_phrases(
-            sorted({getattr(context, attribute) for context in contexts}), shots, pipeline
+            sorted({getattr(context, attribute) for context in contexts}), shots, encoder
         )
         for attribute in ATTRIBUTES
     }
 
 
-def cluster_phrases(phrases: Sequence[str], photos: int, pipeline: Any) -> dict[str, int]:
+def cluster_phrases(
+    phrases: Sequence[str], photos: int, encoder: Callable[[], Any]
+) -> dict[str, int]:
     """Phrase -> cluster, by k-means on text features with k = sqrt(photos), or each its own."""
     k = max(1, round(photos**0.5))
     if len(phrases) <= k:
         return {phrase: index for index, phrase in enumerate(phrases)}
-    features = text_features(pipeline, phrases).cpu().numpy()
+    features = text_features(encoder(), phrases).cpu().numpy()
     labels = KMeans(k, n_init=10, random_state=0).fit_predict(features)
     return {phrase: int(label) for phrase, label in zip(phrases, labels, strict=True)}
 
@@ -297,24 +307,6 @@ def text_features(pipeline: Any, texts: Sequence[str]) -> torch.Tensor:
         pipeline.text_encoder(diffusion.tokenize(pipeline, [text])).pooler_output for text in texts
     ]
     return torch.nn.functional.normalize(torch.cat(features).float(), dim=-1)
-
-
-@torch.inference_mode()
-def _features(backbone: Backbone, *sets: Sequence[str | Path]) -> list[np.ndarray]:
-    """Pooled features of each set of images, (n, d) float64."""
-    device = computing_device()
-    network = backbone.features().eval().to(device)
-    if device.type == "cuda":  # the faster convolutions; on a CPU the features' last bits are kept
-        network = network.to(memory_format=torch.channels_last)
-    return [
-        torch.cat(
-            [
-                network(batch.to(device)).double().cpu()
-                for batch in read_inputs(paths, backbone.preprocessing)
-            ]
-        ).numpy()
-        for paths in sets
-    ]
 
 
 def write_contact_sheets(

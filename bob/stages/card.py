@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 from bob.errors import BobError
 from bob.formats import layout
 from bob.formats.files import read_json, replacing_file, sha256
-from bob.formats.manifest import Generated, read_manifest
+from bob.formats.manifest import Generated, passed_over_of, read_manifest
 from bob.formats.params import Params
 from bob.formats.photos import read_photos
 
@@ -125,8 +125,7 @@ this folder. Nothing was chosen by the test photos.{_rejected(generated)}
 
 def _rejected(generated: Sequence[Generated]) -> str:
     """How many images a person has rejected: their numbers are missing, the next have come in."""
-    last = {image.class_name: image.number for image in generated}  # in the order of their numbers
-    rejected = sum(last.values()) + len(last) - len(generated)
+    rejected = passed_over_of(generated).total()
     if not rejected:
         return ""
     return f" Generated images that a person has rejected and that others replace: {rejected}."

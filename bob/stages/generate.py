@@ -16,7 +16,7 @@ from bob.cache.work import Work
 from bob.errors import tell
 from bob.formats.files import replacing
 from bob.formats.layout import BANK, GENERATE, GENERATED, GENERATED_ITEMS, LORA, REVIEW
-from bob.formats.manifest import Generated, check_files, write_manifest
+from bob.formats.manifest import Generated, check_files, passed_over_of, write_manifest
 from bob.formats.names import folder_of
 from bob.formats.params import Params
 from bob.formats.photos import Task, read_task
@@ -208,13 +208,6 @@ def _images(
             f"images/{folder}/{number:04d}.png",
             item_key(**common, prompt=text, seed=noise),
         )
-
-
-def passed_over_of(planned: Iterable[Generated]) -> Counter[str]:
-    """How many images of each class were rejected before its last planned one, if any."""
-    last = {image.class_name: image.number for image in planned}
-    counts = Counter(image.class_name for image in planned)
-    return +Counter({name: number + 1 - counts[name] for name, number in last.items()})
 
 
 def _warn_of_many(passed_over: Mapping[str, int], left: Mapping[str, int]) -> None:

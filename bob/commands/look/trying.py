@@ -1,7 +1,7 @@
 """A photo that is dropped on the page: what the exported classifier says, and the nearest shots."""
 
 import tempfile
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,9 +14,11 @@ from bob.formats.layout import ONNX, TRAIN
 from bob.formats.photos import Photo, read_photos
 from bob.models import predictor
 from bob.models.backbones import open_backbone
-from bob.models.preprocessing import read_inputs
+from bob.models.features import pooled_features
+from bob.models.similarity import nearest
 
 TOP = 5
+CPU = torch.device("cpu")
 
 
 class Trial:
@@ -64,20 +66,17 @@ class Trial:
 
     def _nearest(self, path: Path) -> list[tuple[Photo, float]]:
         """The shots with the greatest cosine similarity, which is -1 to 1."""
-        folder = params.load()["audit"]["feature_model"]
+        folder = Path(params.load()["audit"]["feature_model"])
         photos = read_photos(TRAIN)
-        key = folder, [photo.sha256 for photo in photos]
+        made = sorted((str(one), one.stat().st_mtime_ns) for one in folder.rglob("*"))
+        key = made, [photo.sha256 for photo in photos]
         if self._shots[0] != key:
-            self._shots = key, features(folder, [photo.path for photo in photos])
-        similarities = (self._shots[1] @ features(folder, [path])[0]).tolist()
-        order = sorted(range(len(photos)), key=lambda place: -similarities[place])
-        return [(photos[place], similarities[place]) for place in order[:TOP]]
-
-
-@torch.no_grad()
-def features(folder: str, paths: Sequence[str | Path]) -> torch.Tensor:
-    """Pooled features of the images, (n, d) float32, each of length 1."""
-    backbone = open_backbone(folder)
-    network = backbone.features().eval()
-    found = [network(batch).float() for batch in read_inputs(paths, backbone.preprocessing)]
-    return torch.nn.functional.normalize(torch.cat(found), dim=1)
+            backbone = open_backbone(folder)
+            look = partial(pooled_features, backbone.features(), backbone.preprocessing, device=CPU)
+            self._shots = key, (look, look([photo.path for photo in photos]))
+        look, shots = self._shots[1]
+        numbers, similarities = nearest(look([path]), shots, TOP)
+        return [
+            (photos[number], similarity)
+            for number, similarity in zip(numbers[0], similarities[0].tolist(), strict=True)
+        ]

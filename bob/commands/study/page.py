@@ -387,7 +387,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, but no more than two places: a percentage has no more to say."""
+    """Two places, below 1 three: a percentage has no more to say."""
     if math.isnan(value):
         return "unbounded"
     places = 2 if abs(value) >= 1 else 3

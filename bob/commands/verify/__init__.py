@@ -48,9 +48,10 @@ EXEMPT = (
     "bob/formats/__init__.py",
     *("bob/miniature/__init__.py", "bob/models/__init__.py", "bob/stages/__init__.py"),
 )
-# Where libraries look for caches and settings, which are nothing that a stage declares.
 _OF_A_SHELL = frozenset(";&|<>$`*?(){}#~\n")
-HIDDEN_VARIABLES = ("DVC", "HF_", "TORCH_HOME", "TRANSFORMERS_", "XDG_")
+# Where libraries look for caches and settings, which are nothing that a stage declares; and what
+# says where a stage has its items made, and whether.
+HIDDEN_VARIABLES = ("BOB_", "DVC", "HF_", "RAY_", "TORCH_HOME", "TRANSFORMERS_", "XDG_")
 
 
 @dataclass(frozen=True)
