@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -17,11 +18,12 @@ from dvc.repo import Repo
 
 from bob.cache import recipe
 from bob.cache.check import CheckingCache
-from bob.cache.index import Index, Row
+from bob.cache.index import Index, Row, Trial
 from bob.cache.items import MAKE, TRIALS, ItemCache
 from bob.cache.lists import Item, read_items, write_items
 from bob.cache.recipe import Maker as Code
 from bob.cache.recipe import code_hashes, item_key
+from bob.cache.trials import Trials
 from bob.cache.wanted import Wanted
 from bob.cache.work import Work
 from bob.cli import cli
@@ -236,6 +238,79 @@ def test_a_maker_found_different_is_not_tried_again_and_one_found_the_same_stays
     # One batch, whichever of the two it is held against first.
     assert len(made) == 4
     assert account.startswith("6 reused")
+
+
+def judged(trials, maker="now"):
+    """Which makers are taken to be the same as this one, and which not; `trials`: "a=b a!c"."""
+    makers = {name: Code({"models.sampling": name}, {"torch": "2"}) for name in NAMES}
+    names = {code.id: name for name, code in makers.items()}
+    index = Index(Path("judged.sqlite"))
+    for trial in trials.split():
+        one, how, other = re.split("([=!])", trial)
+        index.record_trial(
+            wanted().family_id, Trial(makers[one].id, makers[other].id, how == "=", 1), KEYS[:1]
+        )
+    same, different = Trials(index, "test").judged(wanted(code=makers[maker]))
+    index.path.unlink(missing_ok=True)
+    return {names[one] for one in same}, {names[one] for one in different}
+
+
+NAMES = ("now", "b", "c", "d", "e")
+
+
+@pytest.mark.parametrize(
+    ("trials", "same", "different"),
+    [
+        ("now=b b=c", "now b c", ""),
+        ("now=b b=c now!c", "now b", "c"),
+        ("now!c c=b b=now", "now b", "c"),
+        # Round a longer chain, and where one of the chain is proved different from another of it.
+        ("now=b b=c c=d now!d", "now b c", "d"),
+        ("now=b b=c c=d b!d", "now b c", "d"),
+        # What was the same as the different one alone is unknown, and tried.
+        ("now=b b=c now!c c=d", "now b", "c"),
+        # The nearer of two wins: the present one was tried against it itself.
+        ("now=b b=c now=d c!d", "now b d", "c"),
+        ("now=d c!d now=b b=c", "now b d", "c"),
+        # Of two that are equally near neither is taken.
+        ("now=b now=c b!c", "now", "b c"),
+        ("now=b b=c b=d c!d", "now b", "c d"),
+        # But to be different from what is different is nothing against one.
+        ("now=b b=c b=d c!d now!c", "now b d", "c"),
+        # The same two, once tried from each side.
+        ("now=b b!now", "now", "b"),
+        ("now!b now=b", "now", "b"),
+    ],
+)
+def test_a_found_difference_is_never_led_round_by_a_chain_of_equal_trials(
+    workspace, trials, same, different
+):
+    assert judged(trials) == (set(same.split()), set(different.split()))
+
+
+def test_items_of_a_maker_proved_different_are_not_taken_by_way_of_a_third(repository):
+    before()
+    account, made, _ = now()
+    assert len(made) == 4 and account.startswith("6 reused")
+    third = Code({"models.sampling": "third"}, {"torch": "2"})
+    index, family = Index(INDEX), wanted().family_id
+    index.record_trial(family, Trial(third.id, CODE_NOW.id, 4, 4), [])
+    index.record_trial(family, Trial(third.id, CODE_BEFORE.id, 3, 4), [])
+    make = Otherwise(*range(10))
+    account, remade, _ = now(make, code=third)
+    assert remade == sorted(set(range(10)) - set(made))
+    assert account == "4 reused (made by earlier code, same bytes in an earlier trial), 6 made"
+
+
+def test_what_a_check_has_found_of_two_makers_outlasts_one_of_a_third(repository):
+    """What is different from a maker stays so when a third finds that maker different, too."""
+    before()
+    third = Code({"models.sampling": "third"}, {"torch": "2"})
+    index, family = Index(INDEX), wanted().family_id
+    index.record_trial(family, Trial(third.id, CODE_BEFORE.id, 0, 1), [])
+    index.record_trial(family, Trial(CODE_NOW.id, CODE_BEFORE.id, 4, 4), [])
+    assert check(Otherwise(3))[0] == [KEYS[3]]
+    assert Trials(index, "test").judged(wanted(code=third)) == ({third.id}, {CODE_BEFORE.id})
 
 
 def test_what_an_earlier_trial_has_made_speaks_also_where_a_new_one_is_made(

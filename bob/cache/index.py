@@ -239,9 +239,18 @@ class Index:
         )
 
     def record_trial(self, family: str, trial: Trial, recipes: Sequence[str]) -> None:
-        """Remember how a trial on the items of these `recipes` came out."""
+        """Remember how a trial on the items of these `recipes` came out.
+
+        One that has found no difference takes the place of none that has: another process may have
+        recorded that meanwhile.
+        """
         values = (family, trial.one, trial.other, trial.equal, trial.compared, json.dumps(recipes))
-        query = f"INSERT OR REPLACE INTO trials ({TRIAL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
+        query = (
+            f"INSERT INTO trials ({TRIAL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (family, one, other) DO UPDATE SET equal = excluded.equal,"
+            " compared = excluded.compared, recipes = excluded.recipes, remotes = 0"
+            " WHERE equal = compared OR excluded.equal < excluded.compared"
+        )
         self._transact(lambda db: db.execute(query, values))
 
     def trials(self, family: str) -> list[Trial]:
@@ -249,9 +258,9 @@ class Index:
         query = "SELECT one, other, equal, compared FROM trials WHERE family = ?"
         return self._transact(lambda db: [Trial(*row) for row in db.execute(query, (family,))])
 
-    def drop_trials(self, family: str, maker: str) -> None:
-        """Forget the trials in a family that a maker took part in."""
-        query = "DELETE FROM trials WHERE family = ? AND ? IN (one, other)"
+    def drop_equal_trials(self, family: str, maker: str) -> None:
+        """Forget the trials in a family that a maker took part in and that found no difference."""
+        query = "DELETE FROM trials WHERE family = ? AND ? IN (one, other) AND equal = compared"
         self._transact(lambda db: db.execute(query, (family, maker)))
 
     def drop_started(self) -> None:

@@ -194,6 +194,8 @@ class ItemCache:
                     self._report(wanted, rows, tried, unequal)
                     continue
                 same, different = self._trials.judged(wanted)
+                if maker not in same:  # one of others, recorded meanwhile, speaks against it
+                    continue
                 rows = self._whole(row for recipe, row in rows.items() if recipe not in taken)
             taken |= rows
             self.reused += len(rows)
