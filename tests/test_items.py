@@ -16,11 +16,12 @@ import pytest
 from click.testing import CliRunner
 from dvc.repo import Repo
 
-from bob.cache import recipe
+from bob.cache import gpu_locks, making, recipe
 from bob.cache.check import CheckingCache
 from bob.cache.index import Index, Row, Trial
 from bob.cache.items import MAKE, TRIALS, ItemCache
 from bob.cache.lists import Item, read_items, write_items
+from bob.cache.making import Announcer
 from bob.cache.recipe import Maker as Code
 from bob.cache.recipe import code_hashes, item_key
 from bob.cache.trials import Trials
@@ -647,8 +648,139 @@ def test_processes_that_want_the_same_items_share_the_work(repository):
     assert 400 <= made <= 500
 
 
+SLOW = """
+import sys, time
+from pathlib import Path
+from bob.cache.items import ItemCache
+from bob.cache.wanted import Wanted
+from bob.cache.work import Work
+from bob.cache.recipe import Maker, item_key
+
+def make(positions):
+    with Path("begun").open("a") as log:
+        log.write(f"{sys.argv[1]}\\n")
+    while not Path("go").exists():
+        time.sleep(0.02)
+    return [str(position).encode() for position in positions]
+
+with ItemCache("test") as cache:
+    keys = [item_key(number=number) for number in range(2)]
+    wanted = Wanted(keys, {"item": "test"}, Maker({}, {}))
+    Path(f"asks {sys.argv[1]}").touch()
+    rows = cache.take(wanted, Work(make), 2)
+    assert [cache.read(row.oid) for row in rows] == [b"0", b"1"]
+"""
+
+
+def ask(name):
+    """A process that asks for what takes until there is a file `go`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, name], env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+
+
+def begun(count):
+    """Who has begun to make it, once so many have."""
+    while len(names := Path("begun").read_text().split() if Path("begun").exists() else []) < count:
+        time.sleep(0.02)
+    return names
+
+
+def all_ask(names):
+    while not all(Path(f"asks {name}").exists() for name in names):
+        time.sleep(0.02)
+    time.sleep(1)  # by now those have begun who do not wait
+
+
+def test_processes_that_begin_at_once_make_a_slow_item_once(repository):
+    processes = {name: ask(name) for name in ("one", "other")}
+    all_ask(processes)
+    Path("go").touch()
+    assert [process.wait() for process in processes.values()] == [0, 0]
+    assert len(begun(1)) == 1
+
+
+def test_one_of_those_who_wait_takes_over_from_one_who_is_killed(repository):
+    processes = {name: ask(name) for name in ("one", "other", "third")}
+    all_ask(processes)
+    (first,) = begun(1)
+    processes[first].kill()
+    assert processes.pop(first).wait() < 0
+    assert begun(2)[1] in processes
+    time.sleep(1)
+    Path("go").touch()
+    assert [process.wait() for process in processes.values()] == [0, 0]
+    assert len(begun(2)) == 2
+    # What is left of it is none of the living's, and goes.
+    assert len(list(INDEX.with_name("announcers").iterdir())) == 1
+    for left in INDEX.with_name("announcers").iterdir():
+        os.utime(left, (0, 0))
+    take()
+    assert not list(INDEX.with_name("announcers").iterdir())
+
+
+def announced(monkeypatch):
+    """Half of the items are announced by a process that lives; its lock, to be closed."""
+    with ItemCache("test") as cache:
+        other = Announcer(cache.folder("announcers")).__enter__()
+        cache.index.start(KEYS[:4], CODE_NOW.id, other.name)
+    monkeypatch.setattr(making, "_SECONDS_TO_SAY", 0.0)
+    return other
+
+
+def test_what_is_waited_for_is_told_with_what_ends_the_waiting(repository, monkeypatch):
+    other, told = announced(monkeypatch), []
+    lock = INDEX.with_name("announcers") / other.name
+
+    def tell(line):
+        told.append(line)
+        lock.unlink()
+
+    monkeypatch.setattr(making, "tell", tell)
+    assert take(KEYS[:4])[1] == list(range(4))
+    assert told == [
+        f"waiting: another process of bob makes 4 of the items; if it does not, remove {lock}"
+    ]
+    other.__exit__(None, None, None)
+
+
+def test_who_has_made_others_waits_no_longer_than_they_have_taken(repository, monkeypatch, capfd):
+    other = announced(monkeypatch)
+    assert take()[1] == list(range(10))
+    assert "waiting" not in capfd.readouterr().err
+    other.__exit__(None, None, None)
+
+
+def test_no_one_waits_with_a_gpu_that_another_waits_for(repository, monkeypatch, capfd):
+    """It may be the one that is waited for."""
+    other = announced(monkeypatch)
+    monkeypatch.setattr(gpu_locks, "in_demand", lambda: True)
+    assert take(KEYS[:4])[1] == list(range(4))
+    assert "waiting" not in capfd.readouterr().err
+    other.__exit__(None, None, None)
+
+
+def test_pruning_forgets_what_the_dead_have_announced_and_no_one_else(repository, monkeypatch):
+    other = announced(monkeypatch)
+    index = Index(INDEX)
+    index.start(KEYS[4:6], CODE_NOW.id, "killed")
+    assert invoke("cache", "prune") == (0, "0 items forgotten\n")
+    assert index.announced(KEYS, CODE_NOW.id) == dict.fromkeys(KEYS[:4], other.name)
+    other.__exit__(None, None, None)
+
+
+def test_an_earlier_bob_goes_on_with_the_index(repository):
+    take(KEYS[:5])
+    with closing(sqlite3.connect(INDEX)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (4,)
+        db.execute("INSERT INTO started VALUES ('recipe', 'maker')")
+        db.execute("DROP TABLE announced")  # as one that it has made
+        db.commit()
+    assert take()[1] == [5, 6, 7, 8, 9]
+
+
 def test_what_a_dead_process_had_begun_is_made_by_another(repository):
-    Index.start(ItemCache("test").index, KEYS[:4], CODE_NOW.id)
+    Index.start(ItemCache("test").index, KEYS[:4], CODE_NOW.id, "killed")
     assert take()[1] == list(range(10))
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from bob.cache.executors.chosen import LOCAL, executor
 from bob.cache.index import Index, LastRun, Row, warn
 from bob.cache.lists import Item, read_items
-from bob.cache.making import Making
+from bob.cache.making import ANNOUNCERS, Making, is_alive
 from bob.cache.recipe import item_key
 from bob.cache.trials import Trials
 from bob.cache.wanted import Wanted
@@ -441,7 +441,8 @@ class ItemCache:
         """Forget the items that `gone` returns; returns how many."""
         gone = self.gone()
         self.index.drop(gone)
-        self.index.drop_started()
+        announcers = self.folder(ANNOUNCERS)
+        self.index.drop_announced(lambda who: is_alive(announcers / who))
         return len(gone)
 
     def adopt(self, path: Path) -> tuple[int, int]:
