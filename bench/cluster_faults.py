@@ -149,7 +149,6 @@ class Bench:
         for row in self._index.all():
             object_of(self._project, row.oid).unlink(missing_ok=True)
         self._index.drop(self._index.all())
-        self._index.drop_started()
         self._log.unlink(missing_ok=True)
 
     def start(self, cluster: Cluster) -> "subprocess.Popen[str]":

@@ -27,7 +27,6 @@ def forget(project: Path, rows: Sequence[Row]) -> None:
     """Take these items from a project's item cache, and their objects from the DVC cache."""
     index = index_of(project)
     index.drop(rows)
-    index.drop_started()
     for oid in {row.oid for row in rows} - {row.oid for row in index.all()}:
         object_of(project, oid).unlink(missing_ok=True)
 

@@ -3,7 +3,12 @@
 import errno
 import json
 import os
+import re
+import subprocess
+import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bob.errors import BobError
+from bob.formats import files
 from bob.formats.files import (
     check_room,
     read_json,
@@ -68,6 +74,71 @@ def test_what_was_there_stays_where_the_new_folder_cannot_take_its_place(workspa
         folder.rmdir()
     assert [path.name for path in target.iterdir()] == ["old"]
     assert [path.name for path in workspace.iterdir()] == ["out"]
+
+
+def dead():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def left_by(process, way, target):
+    """The draft that such a process of this machine has left, when it was killed."""
+    with suppress(RuntimeError), way(target) as draft:
+        raise RuntimeError
+    left = draft.with_name(draft.name.replace(f".{os.getpid()}.", f".{process}."))
+    assert left != draft
+    (left / "part").mkdir(parents=True) if way is replacing else left.touch()
+    return left
+
+
+@pytest.mark.parametrize("way", [replacing, replacing_file])
+def test_drafts_of_the_dead_are_swept_and_those_of_the_living_are_not(workspace, way):
+    target = workspace / "out.d"
+    living, killed = (left_by(process, way, target) for process in (os.getppid(), dead()))
+    write_json(target, {})
+    assert living.exists() and not killed.exists()
+
+
+@pytest.mark.parametrize("way", [replacing, replacing_file])
+def test_a_draft_from_another_machine_or_container_is_swept_after_a_day(
+    workspace, monkeypatch, way
+):
+    """Whether its process lives cannot be known here: the number is none of this machine's."""
+    target, number = workspace / "out", dead()
+    with monkeypatch.context() as there:
+        there.setattr("platform.node", lambda: "elsewhere")
+        files._where.cache_clear()
+        draft = left_by(number, way, target)
+    files._where.cache_clear()
+    earlier = target.with_name(f".out.{number}.tmp")  # of bob before drafts said where
+    earlier.touch()
+    write_json(target, {})
+    assert draft.exists() and earlier.exists()
+    two_days_ago = time.time() - 2 * 86400
+    os.utime(draft, (two_days_ago,) * 2)
+    os.utime(earlier, (two_days_ago,) * 2)
+    write_json(target, {})
+    assert not earlier.exists()
+    assert draft.exists() == (way is replacing)  # into a folder something was written since
+    if draft.exists():
+        os.utime(draft / "part", (two_days_ago,) * 2)
+        write_json(target, {})
+        assert not draft.exists()
+
+
+def test_a_draft_says_where_its_process_is_in_a_word(workspace, monkeypatch):
+    names = set()
+    for host in ("box", "other.example.org", "é " * 40):
+        monkeypatch.setattr("platform.node", lambda host=host: host)
+        files._where.cache_clear()
+        with replacing_file(workspace / "out") as draft:
+            draft.touch()
+            names.add(draft.name)
+    files._where.cache_clear()
+    assert len(names) == 3
+    assert all(re.fullmatch(rf"\.out\.{os.getpid()}\.[0-9a-f]{{8}}\.tmp", name) for name in names)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -66,6 +66,28 @@ def test_a_process_that_is_killed_gives_its_gpu_back(tmp_path):
         holder.wait()
 
 
+def test_who_holds_a_gpu_knows_whether_another_waits_for_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gpu_locks, "_held", [])
+    others = [hold(tmp_path, 60) for _ in range(2)]
+    while len(list(tmp_path.glob("bob-gpu-*"))) < 2:
+        time.sleep(0.05)
+    waiting = [hold(tmp_path, 60) for _ in range(2)]
+    assert ["waiting" in one.stderr.readline() for one in waiting] == [True, True]
+    assert not gpu_locks.in_demand()  # this one holds none
+    assert gpu_locks.take_free(["third"]) == 0
+    time.sleep(2 * gpu_locks.SECONDS_BETWEEN_LOOKS)
+    assert gpu_locks.in_demand()
+    for one in others:  # those who have waited hold them now
+        one.kill()
+        one.wait()
+    while gpu_locks.in_demand():
+        time.sleep(0.05)
+    for one in waiting:
+        one.kill()
+        one.wait()
+
+
 def test_a_lock_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(BobError, match=r"gone/bob-gpu-one\.lock, the lock of a GPU: No such file"):

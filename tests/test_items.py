@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -15,13 +16,15 @@ import pytest
 from click.testing import CliRunner
 from dvc.repo import Repo
 
-from bob.cache import recipe
+from bob.cache import gpu_locks, making, recipe
 from bob.cache.check import CheckingCache
-from bob.cache.index import Index, Row
+from bob.cache.index import Index, Row, Trial
 from bob.cache.items import MAKE, TRIALS, ItemCache
 from bob.cache.lists import Item, read_items, write_items
+from bob.cache.making import Announcer
 from bob.cache.recipe import Maker as Code
 from bob.cache.recipe import code_hashes, item_key
+from bob.cache.trials import Trials
 from bob.cache.wanted import Wanted
 from bob.cache.work import Work
 from bob.cli import cli
@@ -236,6 +239,79 @@ def test_a_maker_found_different_is_not_tried_again_and_one_found_the_same_stays
     # One batch, whichever of the two it is held against first.
     assert len(made) == 4
     assert account.startswith("6 reused")
+
+
+def judged(trials, maker="now"):
+    """Which makers are taken to be the same as this one, and which not; `trials`: "a=b a!c"."""
+    makers = {name: Code({"models.sampling": name}, {"torch": "2"}) for name in NAMES}
+    names = {code.id: name for name, code in makers.items()}
+    index = Index(Path("judged.sqlite"))
+    for trial in trials.split():
+        one, how, other = re.split("([=!])", trial)
+        index.record_trial(
+            wanted().family_id, Trial(makers[one].id, makers[other].id, how == "=", 1), KEYS[:1]
+        )
+    same, different = Trials(index, "test").judged(wanted(code=makers[maker]))
+    index.path.unlink(missing_ok=True)
+    return {names[one] for one in same}, {names[one] for one in different}
+
+
+NAMES = ("now", "b", "c", "d", "e")
+
+
+@pytest.mark.parametrize(
+    ("trials", "same", "different"),
+    [
+        ("now=b b=c", "now b c", ""),
+        ("now=b b=c now!c", "now b", "c"),
+        ("now!c c=b b=now", "now b", "c"),
+        # Round a longer chain, and where one of the chain is proved different from another of it.
+        ("now=b b=c c=d now!d", "now b c", "d"),
+        ("now=b b=c c=d b!d", "now b c", "d"),
+        # What was the same as the different one alone is unknown, and tried.
+        ("now=b b=c now!c c=d", "now b", "c"),
+        # The nearer of two wins: the present one was tried against it itself.
+        ("now=b b=c now=d c!d", "now b d", "c"),
+        ("now=d c!d now=b b=c", "now b d", "c"),
+        # Of two that are equally near neither is taken.
+        ("now=b now=c b!c", "now", "b c"),
+        ("now=b b=c b=d c!d", "now b", "c d"),
+        # But to be different from what is different is nothing against one.
+        ("now=b b=c b=d c!d now!c", "now b d", "c"),
+        # The same two, once tried from each side.
+        ("now=b b!now", "now", "b"),
+        ("now!b now=b", "now", "b"),
+    ],
+)
+def test_a_found_difference_is_never_led_round_by_a_chain_of_equal_trials(
+    workspace, trials, same, different
+):
+    assert judged(trials) == (set(same.split()), set(different.split()))
+
+
+def test_items_of_a_maker_proved_different_are_not_taken_by_way_of_a_third(repository):
+    before()
+    account, made, _ = now()
+    assert len(made) == 4 and account.startswith("6 reused")
+    third = Code({"models.sampling": "third"}, {"torch": "2"})
+    index, family = Index(INDEX), wanted().family_id
+    index.record_trial(family, Trial(third.id, CODE_NOW.id, 4, 4), [])
+    index.record_trial(family, Trial(third.id, CODE_BEFORE.id, 3, 4), [])
+    make = Otherwise(*range(10))
+    account, remade, _ = now(make, code=third)
+    assert remade == sorted(set(range(10)) - set(made))
+    assert account == "4 reused (made by earlier code, same bytes in an earlier trial), 6 made"
+
+
+def test_what_a_check_has_found_of_two_makers_outlasts_one_of_a_third(repository):
+    """What is different from a maker stays so when a third finds that maker different, too."""
+    before()
+    third = Code({"models.sampling": "third"}, {"torch": "2"})
+    index, family = Index(INDEX), wanted().family_id
+    index.record_trial(family, Trial(third.id, CODE_BEFORE.id, 0, 1), [])
+    index.record_trial(family, Trial(CODE_NOW.id, CODE_BEFORE.id, 4, 4), [])
+    assert check(Otherwise(3))[0] == [KEYS[3]]
+    assert Trials(index, "test").judged(wanted(code=third)) == ({third.id}, {CODE_BEFORE.id})
 
 
 def test_what_an_earlier_trial_has_made_speaks_also_where_a_new_one_is_made(
@@ -572,8 +648,139 @@ def test_processes_that_want_the_same_items_share_the_work(repository):
     assert 400 <= made <= 500
 
 
+SLOW = """
+import sys, time
+from pathlib import Path
+from bob.cache.items import ItemCache
+from bob.cache.wanted import Wanted
+from bob.cache.work import Work
+from bob.cache.recipe import Maker, item_key
+
+def make(positions):
+    with Path("begun").open("a") as log:
+        log.write(f"{sys.argv[1]}\\n")
+    while not Path("go").exists():
+        time.sleep(0.02)
+    return [str(position).encode() for position in positions]
+
+with ItemCache("test") as cache:
+    keys = [item_key(number=number) for number in range(2)]
+    wanted = Wanted(keys, {"item": "test"}, Maker({}, {}))
+    Path(f"asks {sys.argv[1]}").touch()
+    rows = cache.take(wanted, Work(make), 2)
+    assert [cache.read(row.oid) for row in rows] == [b"0", b"1"]
+"""
+
+
+def ask(name):
+    """A process that asks for what takes until there is a file `go`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, name], env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+
+
+def begun(count):
+    """Who has begun to make it, once so many have."""
+    while len(names := Path("begun").read_text().split() if Path("begun").exists() else []) < count:
+        time.sleep(0.02)
+    return names
+
+
+def all_ask(names):
+    while not all(Path(f"asks {name}").exists() for name in names):
+        time.sleep(0.02)
+    time.sleep(1)  # by now those have begun who do not wait
+
+
+def test_processes_that_begin_at_once_make_a_slow_item_once(repository):
+    processes = {name: ask(name) for name in ("one", "other")}
+    all_ask(processes)
+    Path("go").touch()
+    assert [process.wait() for process in processes.values()] == [0, 0]
+    assert len(begun(1)) == 1
+
+
+def test_one_of_those_who_wait_takes_over_from_one_who_is_killed(repository):
+    processes = {name: ask(name) for name in ("one", "other", "third")}
+    all_ask(processes)
+    (first,) = begun(1)
+    processes[first].kill()
+    assert processes.pop(first).wait() < 0
+    assert begun(2)[1] in processes
+    time.sleep(1)
+    Path("go").touch()
+    assert [process.wait() for process in processes.values()] == [0, 0]
+    assert len(begun(2)) == 2
+    # What is left of it is none of the living's, and goes.
+    assert len(list(INDEX.with_name("announcers").iterdir())) == 1
+    for left in INDEX.with_name("announcers").iterdir():
+        os.utime(left, (0, 0))
+    take()
+    assert not list(INDEX.with_name("announcers").iterdir())
+
+
+def announced(monkeypatch):
+    """Half of the items are announced by a process that lives; its lock, to be closed."""
+    with ItemCache("test") as cache:
+        other = Announcer(cache.folder("announcers")).__enter__()
+        cache.index.start(KEYS[:4], CODE_NOW.id, other.name)
+    monkeypatch.setattr(making, "_SECONDS_TO_SAY", 0.0)
+    return other
+
+
+def test_what_is_waited_for_is_told_with_what_ends_the_waiting(repository, monkeypatch):
+    other, told = announced(monkeypatch), []
+    lock = INDEX.with_name("announcers") / other.name
+
+    def tell(line):
+        told.append(line)
+        lock.unlink()
+
+    monkeypatch.setattr(making, "tell", tell)
+    assert take(KEYS[:4])[1] == list(range(4))
+    assert told == [
+        f"waiting: another process of bob makes 4 of the items; if it does not, remove {lock}"
+    ]
+    other.__exit__(None, None, None)
+
+
+def test_who_has_made_others_waits_no_longer_than_they_have_taken(repository, monkeypatch, capfd):
+    other = announced(monkeypatch)
+    assert take()[1] == list(range(10))
+    assert "waiting" not in capfd.readouterr().err
+    other.__exit__(None, None, None)
+
+
+def test_no_one_waits_with_a_gpu_that_another_waits_for(repository, monkeypatch, capfd):
+    """It may be the one that is waited for."""
+    other = announced(monkeypatch)
+    monkeypatch.setattr(gpu_locks, "in_demand", lambda: True)
+    assert take(KEYS[:4])[1] == list(range(4))
+    assert "waiting" not in capfd.readouterr().err
+    other.__exit__(None, None, None)
+
+
+def test_pruning_forgets_what_the_dead_have_announced_and_no_one_else(repository, monkeypatch):
+    other = announced(monkeypatch)
+    index = Index(INDEX)
+    index.start(KEYS[4:6], CODE_NOW.id, "killed")
+    assert invoke("cache", "prune") == (0, "0 items forgotten\n")
+    assert index.announced(KEYS, CODE_NOW.id) == dict.fromkeys(KEYS[:4], other.name)
+    other.__exit__(None, None, None)
+
+
+def test_an_earlier_bob_goes_on_with_the_index(repository):
+    take(KEYS[:5])
+    with closing(sqlite3.connect(INDEX)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (4,)
+        db.execute("INSERT INTO started VALUES ('recipe', 'maker')")
+        db.execute("DROP TABLE announced")  # as one that it has made
+        db.commit()
+    assert take()[1] == [5, 6, 7, 8, 9]
+
+
 def test_what_a_dead_process_had_begun_is_made_by_another(repository):
-    Index.start(ItemCache("test").index, KEYS[:4], CODE_NOW.id)
+    Index.start(ItemCache("test").index, KEYS[:4], CODE_NOW.id, "killed")
     assert take()[1] == list(range(10))
 
 

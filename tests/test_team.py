@@ -16,8 +16,10 @@ from dvc.repo import Repo
 
 from bob.cache.index import Index, Row, Trial
 from bob.cache.items import FETCH, ItemCache
+from bob.cache.recipe import Maker as Code
 from bob.cache.shards import Basis, Evidence, read_shard, write_shard
 from bob.cache.team import TeamIndex
+from bob.cache.trials import Trials
 from bob.cache.work import Work
 from bob.commands import team as commands
 from bob.dvc.remote import Remote
@@ -269,6 +271,29 @@ def test_a_difference_that_one_has_found_overrules_a_trial_that_has_found_none(t
     for path in paths[::order]:
         index.merge(number, [(path.name, read_shard(path))])
     assert index.trials("f" * 64) == [other.trial]
+
+
+def test_a_difference_that_one_has_found_is_not_led_round_by_the_trials_of_others(team):
+    """Alice has found two makers the same, Bob a third the same as one of them alone."""
+    third = Code({"models.sampling": "third"}, {"torch": "2"})
+    before()
+    on_trial = now()[1]
+    push()
+    team.at("bob")
+    index, family = Index(INDEX), wanted().family_id
+    with ItemCache("test") as cache:
+        cache.take(wanted([KEYS[n] for n in on_trial], third), Work(Numbered(on_trial)), 4)
+    index.record_trial(family, Trial(third.id, CODE_NOW.id, 4, 4), [])
+    index.record_trial(family, Trial(CODE_BEFORE.id, third.id, 3, 4), [])
+    push()
+    team.at("carol")
+    pull()
+    account, made, _ = now(code=third)
+    assert made == sorted(set(range(10)) - set(on_trial))
+    assert account == "4 reused, 6 made"
+    # And whoever has the first one's code takes nothing of the third's but what is its own.
+    same, different = Trials(Index(INDEX), "test").judged(wanted(code=CODE_BEFORE))
+    assert (same, different) == ({CODE_BEFORE.id, CODE_NOW.id}, {third.id})
 
 
 def test_what_a_check_has_found_is_pushed_without_items(team):

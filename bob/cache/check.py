@@ -26,7 +26,8 @@ class CheckingCache(ItemCache):
     """Hands out what is cached and makes a random share of it again, to compare.
 
     What differs is forgotten. Where other code has made it, a trial has been wrong: the two makers
-    are no longer taken to make the same in that family. Raises BobError where items are missing.
+    are no longer taken to make the same in that family, and what was the same as that code is tried
+    again. Raises BobError where items are missing.
     """
 
     def __init__(self, stage: str, share: float) -> None:
@@ -70,7 +71,7 @@ class CheckingCache(ItemCache):
         self.differences.append(Difference(row, how))
         self.index.drop([row])
         if row.maker != wanted.maker.id:
-            self.index.drop_trials(wanted.family_id, row.maker)
+            self.index.drop_equal_trials(wanted.family_id, row.maker)
             trial = Trial(wanted.maker.id, row.maker, equal=0, compared=1)
             self.index.record_trial(wanted.family_id, trial, [row.recipe])
 

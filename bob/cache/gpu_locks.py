@@ -18,6 +18,7 @@ from tqdm import tqdm
 from bob.errors import BobError
 
 SECONDS_BETWEEN_LOOKS = 0.5
+_WAITING = "waiting"  # the lock that one of those who wait for a GPU holds
 _held: list[int] = []  # descriptors of locks, open for as long as this process lives
 
 
@@ -26,34 +27,53 @@ def take_free(names: Sequence[str]) -> int:
 
     The names tell GPUs apart on this machine. Raises BobError where a lock cannot be used.
     """
-    waited = False
-    while True:
-        for place, name in enumerate(names):
-            if _locked(_lock(name)):
-                return place
-        if not waited:
-            waited = True
-            one = "the GPU is" if len(names) == 1 else f"all {len(names)} GPUs are"
-            tqdm.write(f"waiting: {one} in use by other processes of bob", file=sys.stderr)
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+    told = False
+    waiting: int | None = None  # the lock that says so
+    try:
+        while True:
+            for place, name in enumerate(names):
+                if (held := _locked(_lock(name))) is not None:
+                    _held.append(held)
+                    return place
+            if not told:
+                told = True
+                one = "the GPU is" if len(names) == 1 else f"all {len(names)} GPUs are"
+                tqdm.write(f"waiting: {one} in use by other processes of bob", file=sys.stderr)
+            if waiting is None:
+                waiting = _locked(_lock(_WAITING))
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    finally:
+        if waiting is not None:
+            os.close(waiting)
+
+
+def in_demand() -> bool:
+    """Whether this process holds a GPU while another of this machine waits for one."""
+    if not _held:
+        return False
+    # Shared: who looks must not be taken for one that waits by another who looks.
+    looked = _locked(_lock(_WAITING), fcntl.LOCK_SH)
+    if looked is not None:
+        os.close(looked)
+    return looked is None
 
 
 def _lock(name: str) -> Path:
     return Path(tempfile.gettempdir(), f"bob-gpu-{name}.lock")
 
 
-def _locked(path: Path) -> bool:
+def _locked(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
+    """The descriptor of the lock, which is held until it is closed; None: another holds it."""
     try:
         descriptor = _opened(path)
     except OSError as error:
         raise BobError(f"{path}, the lock of a GPU: {error.strerror}; remove it") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        return False
-    _held.append(descriptor)
-    return True
+        return None
+    return descriptor
 
 
 def _opened(path: Path) -> int:

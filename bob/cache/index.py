@@ -20,6 +20,7 @@ _TABLES = {
     "items": "recipe TEXT NOT NULL, maker TEXT NOT NULL, oid TEXT NOT NULL, size INTEGER NOT NULL,"
     " stage TEXT NOT NULL, inode INTEGER, changed INTEGER, remotes INTEGER NOT NULL DEFAULT 0,"
     " here INTEGER NOT NULL DEFAULT 1, PRIMARY KEY (recipe, maker)",  # was its object ever here?
+    # What `announced` was before it said by whom; bob of that time goes on with this file.
     "started": "recipe TEXT NOT NULL, maker TEXT NOT NULL, PRIMARY KEY (recipe, maker)",
     "runs": "stage TEXT PRIMARY KEY, reused INTEGER NOT NULL, made INTEGER NOT NULL,"
     " because TEXT NOT NULL DEFAULT ''",
@@ -35,6 +36,11 @@ _TABLES = {
     "shards": "remote INTEGER NOT NULL, name TEXT NOT NULL, PRIMARY KEY (remote, name)",
     "damaged": "remote INTEGER NOT NULL, oid TEXT NOT NULL, PRIMARY KEY (remote, oid)",
 }
+# Later than version 4 and no part of it: earlier bob does without, and must not be kept out.
+_ANNOUNCED = (
+    "CREATE TABLE IF NOT EXISTS announced (recipe TEXT NOT NULL, maker TEXT NOT NULL,"
+    " who TEXT NOT NULL, PRIMARY KEY (recipe, maker)) WITHOUT ROWID"
+)
 # What a version lacks that the next one has; a recipe and a maker are the same in all of these.
 _MIGRATIONS = {
     2: (
@@ -144,25 +150,38 @@ class Index:
         )
         self._transact(lambda db: db.executemany(query, values))
 
-    def start(self, recipes: Sequence[str], maker: str) -> set[str]:
-        """Announce that `maker` is about to make these.
+    def start(
+        self, recipes: Sequence[str], maker: str, who: str, gone: Iterable[str] = ()
+    ) -> set[str]:
+        """Announce that a process, `who`, is about to make these by the code `maker`.
 
-        Returns those that it has neither made nor announced before, which are now announced.
+        Returns those that were neither made by it before nor announced, but by processes that are
+        `gone`; they are now announced.
         """
-        asked = json.dumps(recipes)
+        asked, dead = json.dumps(recipes), json.dumps(list(gone))
 
         def announce(db: sqlite3.Connection) -> set[str]:
             # What a remote has and yet is to be made cannot be had from there.
             taken = db.execute(
                 f"SELECT recipe FROM items WHERE maker = ? AND remotes = 0 AND recipe {_AMONG} "
-                f"UNION SELECT recipe FROM started WHERE maker = ? AND recipe {_AMONG}",
-                (maker, asked, maker, asked),
+                f"UNION SELECT recipe FROM announced WHERE maker = ? AND recipe {_AMONG} "
+                f"AND NOT who {_AMONG}",
+                (maker, asked, maker, asked, dead),
             )
             free = set(recipes) - {recipe for (recipe,) in taken}
-            db.executemany("INSERT INTO started VALUES (?, ?)", [(one, maker) for one in free])
+            db.executemany(
+                "INSERT OR REPLACE INTO announced VALUES (?, ?, ?)",
+                [(one, maker, who) for one in free],
+            )
             return free
 
         return self._transact(announce)
+
+    def announced(self, recipes: Iterable[str], maker: str) -> dict[str, str]:
+        """Recipe -> who has announced it, of those that are announced."""
+        query = f"SELECT recipe, who FROM announced WHERE maker = ? AND recipe {_AMONG}"
+        values = (maker, json.dumps(list(recipes)))
+        return self._transact(lambda db: dict(db.execute(query, values).fetchall()))
 
     def add(self, rows: Sequence[Row]) -> None:
         """Record items, whose objects must be in place already."""
@@ -181,7 +200,7 @@ class Index:
                 ],
             )
             db.executemany(
-                "DELETE FROM started WHERE recipe = ? AND maker = ?",
+                "DELETE FROM announced WHERE recipe = ? AND maker = ?",
                 [(row.recipe, row.maker) for row in rows],
             )
 
@@ -239,9 +258,18 @@ class Index:
         )
 
     def record_trial(self, family: str, trial: Trial, recipes: Sequence[str]) -> None:
-        """Remember how a trial on the items of these `recipes` came out."""
+        """Remember how a trial on the items of these `recipes` came out.
+
+        One that has found no difference takes the place of none that has: another process may have
+        recorded that meanwhile.
+        """
         values = (family, trial.one, trial.other, trial.equal, trial.compared, json.dumps(recipes))
-        query = f"INSERT OR REPLACE INTO trials ({TRIAL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
+        query = (
+            f"INSERT INTO trials ({TRIAL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (family, one, other) DO UPDATE SET equal = excluded.equal,"
+            " compared = excluded.compared, recipes = excluded.recipes, remotes = 0"
+            " WHERE equal = compared OR excluded.equal < excluded.compared"
+        )
         self._transact(lambda db: db.execute(query, values))
 
     def trials(self, family: str) -> list[Trial]:
@@ -249,14 +277,20 @@ class Index:
         query = "SELECT one, other, equal, compared FROM trials WHERE family = ?"
         return self._transact(lambda db: [Trial(*row) for row in db.execute(query, (family,))])
 
-    def drop_trials(self, family: str, maker: str) -> None:
-        """Forget the trials in a family that a maker took part in."""
-        query = "DELETE FROM trials WHERE family = ? AND ? IN (one, other)"
+    def drop_equal_trials(self, family: str, maker: str) -> None:
+        """Forget the trials in a family that a maker took part in and that found no difference."""
+        query = "DELETE FROM trials WHERE family = ? AND ? IN (one, other) AND equal = compared"
         self._transact(lambda db: db.execute(query, (family, maker)))
 
-    def drop_started(self) -> None:
-        """Forget what was announced: who is alive announces again, batch by batch."""
-        self._transact(lambda db: db.execute("DELETE FROM started"))
+    def drop_announced(self, is_alive: Callable[[str], bool]) -> None:
+        """Forget what those have announced who are not alive."""
+
+        def drop(db: sqlite3.Connection) -> None:
+            names = db.execute("SELECT DISTINCT who FROM announced").fetchall()
+            dead = [one for one in names if not is_alive(*one)]
+            db.executemany("DELETE FROM announced WHERE who = ?", dead)
+
+        self._transact(drop)
 
     def remotes(self) -> dict[int, str]:
         """Number -> name of the remotes that items were pushed to or pulled from."""
@@ -304,6 +338,7 @@ class Index:
                 self._lay_out(db)
             # At once for writing: two that read first and write then would lock each other out.
             db.execute("BEGIN IMMEDIATE")
+            db.execute(_ANNOUNCED)
             result = work(db)
             db.execute("COMMIT")
             return result

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from bob.cache.executors.chosen import LOCAL, executor
 from bob.cache.index import Index, LastRun, Row, warn
 from bob.cache.lists import Item, read_items
-from bob.cache.making import Making
+from bob.cache.making import ANNOUNCERS, Making, is_alive
 from bob.cache.recipe import item_key
 from bob.cache.trials import Trials
 from bob.cache.wanted import Wanted
@@ -194,6 +194,8 @@ class ItemCache:
                     self._report(wanted, rows, tried, unequal)
                     continue
                 same, different = self._trials.judged(wanted)
+                if maker not in same:  # one of others, recorded meanwhile, speaks against it
+                    continue
                 rows = self._whole(row for recipe, row in rows.items() if recipe not in taken)
             taken |= rows
             self.reused += len(rows)
@@ -439,7 +441,8 @@ class ItemCache:
         """Forget the items that `gone` returns; returns how many."""
         gone = self.gone()
         self.index.drop(gone)
-        self.index.drop_started()
+        announcers = self.folder(ANNOUNCERS)
+        self.index.drop_announced(lambda who: is_alive(announcers / who))
         return len(gone)
 
     def adopt(self, path: Path) -> tuple[int, int]:

@@ -2,9 +2,11 @@
 
 Where other code has made items of the recipes that are wanted, one full batch of them is made again
 and compared byte for byte. If all are equal, the two makers are taken to make the same in the whole
-family, now and later, and its other items are reused; if one is not, none is.
+family, now and later, and its other items are reused; if one is not, none is. A difference that was
+found once is not outweighed by any number of trials that have found none.
 """
 
+from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from bob.cache.index import Index, Row, Trial
@@ -21,24 +23,29 @@ class Trials:
     def judged(self, wanted: Wanted) -> tuple[set[str], set[str]]:
         """The makers that make the same in this family as the present one, and those that do not.
 
-        To make the same bytes is transitive: what is the same as a maker that is the same, is.
+        To make the same bytes is transitive: what is the same as a maker that is the same, is. But
+        a trial of a few items can miss a difference and cannot invent one. So no two of `same` are
+        proved different from each other, whatever chain of equal trials leads from one to the
+        other.
+
+        Which trial of such a chain has missed the difference, nobody knows. The shorter a chain,
+        the fewer could have: `same` grows by steps, the makers first that were tried against the
+        present one itself, and of two that are proved different the nearer one is the same. Where
+        they are equally near, neither is, for the items of one of them are wrong.
         """
-        trials = self._index.trials(wanted.family_id)
-        same = {wanted.maker.id}
-        while more := {
-            maker
-            for trial in trials
-            if trial.same and len({trial.one, trial.other} & same) == 1
-            for maker in {trial.one, trial.other} - same
-        }:
-            same |= more
-        different = {
-            maker
-            for trial in trials
-            if not trial.same and {trial.one, trial.other} & same
-            for maker in {trial.one, trial.other} - same
-        }
-        return same, different
+        equal, unequal = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
+        for trial in self._index.trials(wanted.family_id):
+            neighbours = equal if trial.same else unequal
+            neighbours[trial.one].add(trial.other)
+            neighbours[trial.other].add(trial.one)
+        same, different = {wanted.maker.id}, set[str]()
+        while reached := {other for one in same for other in equal[one]} - same - different:
+            proved = {one for one in reached if unequal[one] & same}
+            fit = reached - proved
+            doubtful = {one for one in fit if unequal[one] & fit}
+            same |= fit - doubtful
+            different |= proved | doubtful
+        return same, different | {other for one in same for other in unequal[one]}
 
     def chosen(
         self, wanted: Wanted, places: Iterable[int], size: int, made: Container[str] = ()

@@ -8,10 +8,13 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from bob.errors import BobError, shown
 
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _SOME_FILES = 16
+_SECONDS_KEPT = 86400.0  # a draft from elsewhere, since it was written to
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", dir=target.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f"{_draft_of(target)}.", dir=target.parent))
     try:
         folder.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would follow the output to its consumers
         with naming(target):
@@ -80,12 +84,46 @@ def check_room(folder: Path, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
+def _draft_of(target: Path) -> str:
+    """How the name of this process's draft of `target` begins: `.<name>.<process>.<where>`."""
+    return f".{target.name}.{os.getpid()}.{_where()}"
+
+
+@cache
+def _where() -> str:
+    """Where a process's number tells whether it lives: this machine, and container if in one.
+
+    A hash, for host names can be long, and have dots in them.
+    """
+    try:  # Linux numbers the spaces of process numbers, of which a container may have its own
+        space = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        space = 0
+    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+
+
 def _sweep(target: Path) -> None:
-    """Remove the drafts that processes which were killed have left beside `target`."""
+    """Remove the drafts that processes which were killed have left beside `target`.
+
+    Of a draft from elsewhere, which may share the disk, nobody knows here whether its process
+    lives; it goes when nothing was written to it for a day.
+    """
     for draft in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        process = draft.name.removeprefix(f".{target.name}.").split(".")[0]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+        process, _, more = draft.name.removeprefix(f".{target.name}.").partition(".")
+        if not (process.isascii() and process.isdigit()):
+            continue
+        with suppress(FileNotFoundError):  # its process, or another that sweeps, was faster
+            if more.split(".")[0] == _where():
+                left = not psutil.pid_exists(int(process))
+            else:
+                left = _last_written(draft) < time.time() - _SECONDS_KEPT
+            if left:
+                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+
+
+def _last_written(draft: Path) -> float:
+    """When something was written last to a file, or into a folder."""
+    return max(path.lstat().st_mtime for path in (draft, *draft.rglob("*")))
 
 
 def _umask() -> int:
@@ -99,7 +137,7 @@ def replacing_file(target: Path) -> Iterator[Path]:
     """Yield a path beside `target` that takes its place when the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    draft = target.with_name(f"{_draft_of(target)}.tmp")
     try:
         with naming(target):
             yield draft
