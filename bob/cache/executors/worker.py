@@ -25,10 +25,6 @@ from bob.errors import BobError
 class Greeting:
     """What a worker says of itself before it is handed anything."""
 
-    node: str
-    """Ray's id of its machine."""
-    name: str
-    """Its machine's host name."""
     maker: Maker
     """What it would make items with."""
     hardware: Hardware | None
@@ -58,24 +54,31 @@ class Worker:
         self._make: Callable[..., Sequence[Any]]
         self._encode: Callable[[Any], bytes]
 
-    def greet(self, maker: Maker, look: Callable[[], Hardware] | None) -> Greeting:
-        """What it would make items with, of the parts that this maker has.
+    def where(self) -> tuple[str, str]:
+        """Ray's id of its machine, and the host name.
 
-        `look` finds out the hardware.
+        The first that it is asked, and little that could fail: whatever ends it later can be held
+        against the machine.
         """
         import ray
 
-        who = (ray.get_runtime_context().get_node_id(), platform.node())
+        return ray.get_runtime_context().get_node_id(), platform.node()
+
+    def greet(self, maker: Maker, look: bytes | None) -> Greeting:
+        """What it would make items with, of the parts that this maker has.
+
+        `look` finds out the hardware; pickled, because torch may fail where it is imported.
+        """
         try:
             os.chdir(_own_folder())
             self._files = Brought(self._root, self._read)
             own = Maker(code_hashes(maker.code), versions(maker.libraries))
-            return Greeting(*who, own, look() if look else None)
+            return Greeting(own, pickle.loads(look)() if look else None)
         except metadata.PackageNotFoundError as error:
             reason = f"it has no {error.name}"
-        except (ImportError, OSError) as error:
+        except Exception as error:  # another worker of this machine would meet it as well
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return Greeting(*who, maker, None, reason)
+        return Greeting(maker, None, reason)
 
     def _read(self, asked: Asked) -> Parts:
         import ray

@@ -1,0 +1,251 @@
+"""Which machines a driver uses, and which it leaves alone; Ray is played, so that it takes no time.
+
+What a real Ray does, tests/test_cluster.py shows.
+"""
+
+import os
+import pickle
+from types import SimpleNamespace
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import ActorDiedError, RayTaskError, RuntimeEnvSetupError
+
+from bob.cache import node
+from bob.cache.executors import cluster
+from bob.cache.executors.worker import Greeting, Worker
+from bob.cache.recipe import Maker
+from bob.cache.work import Hardware, Work
+from bob.errors import BobError
+
+MAKER = Maker({}, {})
+ROUNDS = 200  # a driver that has waited so often for workers goes on for ever
+
+
+class Machine:
+    """A machine of the cluster, and what a worker on it does."""
+
+    def __init__(self, name, slots=1, kind="CPU", **does):
+        self.id, self.name = name.encode().hex().ljust(56, "0"), name
+        self.slots, self.kind, self.does = slots, kind, does
+
+    def answer(self, method, *args):
+        """What the method of a worker returns here."""
+        if method in self.does:
+            return self.does[method](*args)
+        if method == "where":
+            return self.id, self.name
+        if method == "greet":
+            return Greeting(MAKER, None)
+        _, (numbers,), _ = args
+        return [str(number).encode() for number in numbers]
+
+
+class Actor:
+    """A worker, which begins on the first machine that has room for it."""
+
+    def __init__(self):
+        self.machine, self.is_dead = None, False
+
+    def __getattr__(self, method):
+        return SimpleNamespace(remote=lambda *args: Call(self, method, args))
+
+
+class Call:
+    """What Ray's references are; a Maker, which has no hash, may be among the arguments."""
+
+    def __init__(self, actor, method, args):
+        self.actor, self.method, self.args = actor, method, args
+
+
+class Ray:
+    """As much of Ray as the driver asks for."""
+
+    cloudpickle = cloudpickle
+
+    def __init__(self, *machines):
+        self.machines, self.actors, self.rounds = list(machines), [], 0
+
+    def remote(self, **_):
+        return lambda what: SimpleNamespace(
+            options=lambda **_: SimpleNamespace(remote=lambda *_: self._begin(what))
+        )
+
+    def _begin(self, what):
+        if what is not Worker:
+            return None  # it hands out files, of which there are none
+        self.actors.append(Actor())
+        return self.actors[-1]
+
+    def _place(self):
+        alive = [actor for actor in self.actors if not actor.is_dead]
+        for actor in alive:
+            for machine in self.machines:
+                if actor.machine:
+                    break
+                if sum(other.machine is machine for other in alive) < machine.slots:
+                    actor.machine = machine
+
+    def wait(self, calls, *, num_returns, timeout):
+        self.rounds += 1
+        assert self.rounds < ROUNDS, "workers are hired for ever"
+        self._place()
+        ready = [call for call in calls if call.actor.machine]
+        return ready, [call for call in calls if call not in ready]
+
+    def get(self, call):
+        return call.actor.machine.answer(call.method, *call.args)
+
+    def kill(self, actor):
+        actor.is_dead = True
+
+    def nodes(self):
+        return [
+            {
+                "NodeID": one.id,
+                "NodeManagerHostname": one.name,
+                "Alive": True,
+                "Resources": {one.kind: one.slots},
+            }
+            for one in self.machines
+        ]
+
+    def cluster_resources(self):
+        return {
+            kind: sum(one.slots for one in self.machines if one.kind == kind)
+            for kind in {one.kind for one in self.machines}
+        }
+
+    def get_runtime_context(self):
+        return SimpleNamespace(get_node_id=lambda: Machine("here").id)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Join a cluster of these machines."""
+
+    def join(*machines):
+        ray = Ray(*machines)
+        monkeypatch.setattr(cluster, "ray", ray)
+        monkeypatch.setattr(cluster, "_TICK", -1.0)  # it looks for machines in each round
+        return ray, cluster.Cluster(is_own=False)
+
+    return join
+
+
+def make(executor, batches=20):
+    """Have a batch made of each number; the numbers that were made."""
+    made = []
+    work = Work(list, inputs=lambda numbers: (numbers,))
+    numbers = ([number] for number in range(batches))
+    executor.make(work, MAKER, numbers, batches, lambda lots: made.extend(lots))
+    return sorted(number for one in made for number in one.numbers)
+
+
+def fails(error):
+    """A worker's method that ends with this error."""
+
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+# --- workers that fail before they make anything -----------------------------------------------
+
+
+def test_a_machine_whose_workers_die_while_they_greet_is_left_alone(joined, capsys):
+    killed = ActorDiedError()  # as where there is too little memory to import torch
+    _, executor = joined(Machine("poor", 2, greet=fails(killed)), Machine("rich"))
+    assert make(executor) == list(range(20))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: poor is not used; 3 workers in a row have failed (ActorDied")
+
+
+def test_a_cluster_whose_workers_die_while_they_greet_is_refused(joined):
+    _, executor = joined(Machine("poor", 2, greet=fails(ActorDiedError())))
+    with pytest.raises(BobError, match=r"can be used; poor: 3 workers in a row .*ActorDiedError"):
+        make(executor)
+
+
+def test_workers_that_end_without_a_word_are_not_begun_for_ever(joined):
+    broken = RuntimeEnvSetupError("no space left")
+    ray, executor = joined(Machine("full", 2, where=fails(broken)))
+    with pytest.raises(BobError, match=r"no worker .* can begin \(RuntimeEnvSetupError: .* left\)"):
+        make(executor)
+    assert len(ray.actors) <= cluster.SILENT + 2
+
+
+def test_of_a_worker_that_cannot_be_made_the_reason_is_told_and_not_the_traceback(joined):
+    told = "Traceback (most recent call last):\n  File x, line 1, in y\nImportError: no module z\n"
+    error = ActorDiedError(RayTaskError("ray::Worker.__init__()", told, ImportError()))
+    _, executor = joined(Machine("bare", where=fails(error)))
+    with pytest.raises(BobError, match=r"can begin \(ImportError: no module z\)$"):
+        make(executor)
+
+
+def test_workers_that_end_without_a_word_do_not_end_the_others(joined, capsys):
+    broken = RuntimeEnvSetupError("no space left")
+    full = Machine("full", 2, where=fails(broken))
+    ray, executor = joined(full, Machine("good"))
+    assert make(executor, 40) == list(range(40))
+    assert len(ray.actors) <= 1 + 2 * (cluster.SILENT + 2)
+    assert "no space left); no more are begun" in capsys.readouterr().err
+
+
+def test_a_machine_that_joins_is_used_though_no_more_workers_were_begun(joined):
+    ray, executor = joined(Machine("full", where=fails(RuntimeEnvSetupError())), Machine("good"))
+    makers = []
+
+    def log(*_):
+        makers.append("good")
+        if len(makers) == 20:
+            ray.machines.insert(0, Machine("late", make=late))
+        return [b"item"]
+
+    def late(*_):
+        makers.append("late")
+        return [b"item"]
+
+    ray.machines[1].does["make"] = log
+    make(executor, 40)
+    assert "late" in makers
+
+
+def test_a_worker_is_replaced_though_others_have_ended_without_a_word(joined):
+    ray, executor = joined(Machine("full", where=fails(RuntimeEnvSetupError())), Machine("good"))
+    made = []
+
+    def dies_once(pickled, inputs, files):
+        made.extend(inputs)
+        if len(made) == 20:
+            raise ActorDiedError()
+        return [b"item"]
+
+    ray.machines[1].does["make"] = dies_once
+    assert make(executor, 40) == list(range(40))
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """A worker, without Ray."""
+    monkeypatch.setenv(node.FOLDER, str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    return Worker(str(tmp_path), None, 1)
+
+
+class Unpickled:
+    """Raises where it is unpickled, as a function does whose module cannot be imported."""
+
+    def __reduce__(self):
+        return os.listdir, ("/nowhere",)
+
+
+def test_whatever_is_raised_while_a_worker_greets_is_its_reason(worker):
+    look = cloudpickle.dumps(fails(RuntimeError("CUDA error:\nan illegal access")))
+    assert worker.greet(MAKER, look).error == "RuntimeError: CUDA error: an illegal access"
+    assert "FileNotFoundError" in worker.greet(MAKER, pickle.dumps(Unpickled())).error
+    assert worker.greet(Maker({}, {"nothing": "1"}), None).error == "it has no nothing"
+    here = Hardware("cpu", False)
+    assert worker.greet(MAKER, cloudpickle.dumps(lambda: here)) == Greeting(MAKER, here)
