@@ -5,6 +5,7 @@ What a real Ray does, tests/test_cluster.py shows.
 
 import os
 import pickle
+import platform
 from types import SimpleNamespace
 
 import pytest
@@ -240,6 +241,19 @@ class Unpickled:
 
     def __reduce__(self):
         return os.listdir, ("/nowhere",)
+
+
+def test_folders_of_workers_that_are_gone_are_removed_and_those_of_other_machines_not(
+    worker, monkeypatch
+):
+    gone = 2**31 - 1  # no process has so high a number
+    workers = node.folder("workers")
+    others = {f"gpu-a-{gone}", f"gpux-{gone}", "gpu-", "gpu-notes", f"gpu-{os.getppid()}"}
+    for name in (*others, f"gpu-{gone}"):
+        (workers / name).mkdir()
+    monkeypatch.setattr(platform, "node", lambda: "gpu")
+    assert worker.greet(MAKER, None).error == ""
+    assert {one.name for one in workers.iterdir()} == others | {f"gpu-{os.getpid()}"}
 
 
 def test_whatever_is_raised_while_a_worker_greets_is_its_reason(worker):

@@ -1,6 +1,5 @@
 """A worker of a cluster, which is handed work and makes batches: what runs in Ray's processes."""
 
-import glob
 import os
 import pickle
 import platform
@@ -105,8 +104,9 @@ def _own_folder() -> Path:
     """An empty folder for this process; those of processes that are gone are removed."""
     # With the machine's name: machines may share the user's home.
     parent, host = node.folder("workers"), platform.node()
-    for left in parent.glob(f"{glob.escape(host)}-*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(f"{host}-"))):
+    for left in parent.iterdir():
+        name, _, pid = left.name.rpartition("-")  # a host's name may hold hyphens, a pid none
+        if name == host and pid.isdecimal() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
     own = parent / f"{host}-{os.getpid()}"
     shutil.rmtree(own, ignore_errors=True)
