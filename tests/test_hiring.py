@@ -6,6 +6,7 @@ What a real Ray does, tests/test_cluster.py shows.
 import os
 import pickle
 import platform
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,21 +15,24 @@ from ray.exceptions import ActorDiedError, RayTaskError, RuntimeEnvSetupError
 
 from bob.cache import node
 from bob.cache.executors import cluster
+from bob.cache.executors.files import Source
 from bob.cache.executors.worker import Greeting, Worker
 from bob.cache.recipe import Maker
 from bob.cache.work import Hardware, Work
 from bob.errors import BobError
 
 MAKER = Maker({}, {})
+CPU, GPU = Hardware("cpu", False), Hardware("cuda", True, "H100", compiles=True)
+NEVER = object()  # what a method does that does not return
 ROUNDS = 200  # a driver that has waited so often for workers goes on for ever
 
 
 class Machine:
     """A machine of the cluster, and what a worker on it does."""
 
-    def __init__(self, name, slots=1, kind="CPU", **does):
+    def __init__(self, name, slots=1, kind="CPU", has=CPU, **does):
         self.id, self.name = name.encode().hex().ljust(56, "0"), name
-        self.slots, self.kind, self.does = slots, kind, does
+        self.slots, self.kind, self.has, self.does = slots, kind, has, does
 
     def answer(self, method, *args):
         """What the method of a worker returns here."""
@@ -37,7 +41,9 @@ class Machine:
         if method == "where":
             return self.id, self.name
         if method == "greet":
-            return Greeting(MAKER, None)
+            return Greeting(MAKER, self.has)
+        if method == "look":
+            return self.has
         _, (numbers,), _ = args
         return [str(number).encode() for number in numbers]
 
@@ -69,14 +75,20 @@ class Ray:
 
     def remote(self, **_):
         return lambda what: SimpleNamespace(
-            options=lambda **_: SimpleNamespace(remote=lambda *_: self._begin(what))
+            options=lambda scheduling_strategy: SimpleNamespace(
+                remote=lambda *_: self._begin(what, scheduling_strategy)
+            )
         )
 
-    def _begin(self, what):
-        if what is not Worker:
-            return None  # it hands out files, of which there are none
-        self.actors.append(Actor())
-        return self.actors[-1]
+    def _begin(self, what, strategy):
+        if what is Source:
+            return None  # there are no files
+        actor = Actor()
+        if what is Worker:
+            self.actors.append(actor)
+            return actor
+        (actor.machine,) = (one for one in self.machines if one.id == strategy.node_id)
+        return Call(actor, "look", ())
 
     def _place(self):
         alive = [actor for actor in self.actors if not actor.is_dead]
@@ -91,7 +103,11 @@ class Ray:
         self.rounds += 1
         assert self.rounds < ROUNDS, "workers are hired for ever"
         self._place()
-        ready = [call for call in calls if call.actor.machine]
+        ready = [
+            call
+            for call in calls
+            if call.actor.machine and call.actor.machine.does.get(call.method) is not NEVER
+        ]
         return ready, [call for call in calls if call not in ready]
 
     def get(self, call):
@@ -225,6 +241,84 @@ def test_a_worker_is_replaced_though_others_have_ended_without_a_word(joined):
 
     ray.machines[1].does["make"] = dies_once
     assert make(executor, 40) == list(range(40))
+
+
+# --- machines of several kinds -----------------------------------------------------------------
+
+
+def look():
+    """What is not called: Ray is played."""
+    raise AssertionError
+
+
+def test_of_several_kinds_the_same_stands_for_all_whatever_their_order(joined):
+    names = ["L4", "A10", "H200", "H100", "T4", "A100", "B200", "V100"]
+    machines = [Machine(name, kind="GPU", has=replace(GPU, name=name)) for name in names]
+    machines[3].has = replace(machines[3].has, compiles=False)
+    for first in range(len(names)):
+        _, executor = joined(*machines[first:], *machines[:first])
+        assert executor.hardware(look) == Hardware("cuda", True, "A10", compiles=False)
+
+
+@pytest.mark.parametrize("slow_first", [False, True])
+@pytest.mark.parametrize(("kind", "used", "alone"), [("GPU", GPU, CPU), ("CPU", CPU, GPU)])
+def test_a_machine_that_computes_on_another_device_is_left_alone(
+    joined, capsys, slow_first, kind, used, alone
+):
+    machines = [Machine("same", kind=kind, has=used), Machine("other", 2, kind=kind, has=alone)]
+    _, executor = joined(*machines[:: -1 if slow_first else 1])
+    assert executor.hardware(look) == used
+    machines[1].does["make"] = fails(AssertionError("it is used"))
+    assert make(executor) == list(range(20))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"warning: other is not used; it computes on {alone.device}, the others on {used.device}"
+    )
+
+
+def test_a_machine_that_joins_with_another_device_is_left_alone(joined, capsys):
+    ray, executor = joined(Machine("first", kind="GPU", has=GPU))
+    assert executor.hardware(look) == GPU
+    ray.machines.insert(0, Machine("late", kind="GPU", has=CPU))
+    make(executor)
+    assert "late is not used; it computes on cpu, the others on cuda" in capsys.readouterr().err
+
+
+def test_a_cluster_whose_gpus_torch_does_not_see_computes_on_its_cpus(joined, capsys):
+    _, executor = joined(*(Machine(name, kind="GPU") for name in "ab"))
+    assert executor.hardware(look) == CPU
+    assert capsys.readouterr().err == ""
+
+
+def test_where_some_multiply_in_bf16_all_are_used_and_auto_is_for_the_user_to_set(joined, capsys):
+    machines = (Machine("a", has=replace(CPU, bf16=True)), Machine("b", 2, has=CPU))
+    _, executor = joined(*machines)
+    assert executor.hardware(look).bf16 is None
+    make(executor)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        (fails(RayTaskError("look", "", RuntimeError("CUDA error"))), "RuntimeError: CUDA error"),
+        (NEVER, "no answer in 120 s"),
+    ],
+)
+def test_a_machine_that_does_not_say_what_it_has_is_left_alone(joined, capsys, does, reason):
+    broken = Machine("broken", 2, look=does, make=fails(AssertionError("it is used")))
+    _, executor = joined(broken, Machine("good"))
+    assert executor.hardware(look) == CPU
+    assert make(executor) == list(range(20))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"warning: broken is not used; it does not say what it has ({reason})"
+    _, executor = joined(broken)
+    with pytest.raises(BobError) as error:
+        executor.hardware(look)
+    assert str(error.value) == f"the Ray cluster does not answer ({reason})"
+
+
+# --- what a worker says ------------------------------------------------------------------------
 
 
 @pytest.fixture

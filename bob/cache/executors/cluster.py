@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -176,7 +176,13 @@ class Cluster:
         return self.slots()[1]
 
     def hardware(self, look: Callable[[], Hardware]) -> Hardware:
-        """See `Executor.hardware`."""
+        """See `Executor.hardware`.
+
+        All that are used compute on the same device: the GPU where the cluster has GPUs and else
+        the CPU, the other one only where no machine has that. A machine with another is left alone,
+        and so is one that does not answer, as long as one does. Of several names the first in the
+        alphabet stands for all.
+        """
         if self._hardware:
             return self._hardware
         self._look = look
@@ -185,21 +191,27 @@ class Cluster:
             return self._hardware
         kind, _ = self.slots()
         remote: Any = ray.remote(num_cpus=0, num_gpus=0)(look)
-        looking = [
-            remote.options(scheduling_strategy=OnNode(node["NodeID"], soft=False)).remote()
+        nodes = {
+            node["NodeID"]: node["NodeManagerHostname"]
             for node in ray.nodes()
             if node["Alive"] and node["Resources"].get(kind)
-        ]
-        if not looking:
+        }
+        if not nodes:
             raise BobError("the Ray cluster has neither GPUs nor CPUs to make items with")
-        try:
-            found = set(ray.get(looking, timeout=SECONDS_TO_ANSWER))
-        except (RayError, TimeoutError) as error:
-            raise BobError(f"the Ray cluster does not answer ({_reason(error)})") from None
-        one = found.pop()
-        bf16 = one.bf16 if all(other.bf16 == one.bf16 for other in found) else None
-        compiles = all(other.compiles for other in (one, *found))
-        self._hardware = replace(one, bf16=bf16, compiles=compiles)
+        looking = {
+            node: remote.options(scheduling_strategy=OnNode(node, soft=False)).remote()
+            for node in nodes
+        }
+        found, silent = _answers(looking)
+        if not found:
+            reason = next(iter(silent.values()))
+            raise BobError(f"the Ray cluster does not answer ({reason})")
+        self._hardware = _of_all(found.values(), "cuda" if kind == "GPU" else "cpu")
+        for node, reason in silent.items():
+            self._leave_alone(node, nodes[node], f"it does not say what it has ({reason})")
+        for node, there in found.items():
+            if other := _other_kind(self._hardware, there):
+                self._leave_alone(node, nodes[node], other)
         return self._hardware
 
     # --- making --------------------------------------------------------------------------------
@@ -296,11 +308,12 @@ class Cluster:
         hand.greeted = True
         here, there = self._hardware, greeting.hardware
         if greeting.error:
-            self._leave_alone(hand, greeting.error)
+            self._leave_alone(hand.node, hand.name, greeting.error)
         elif changes := greeting.maker.changes(maker):
-            self._leave_alone(hand, f"it differs from here: {', '.join(changes)}")
-        elif here and there and here.bf16 not in (None, there.bf16):
-            self._leave_alone(hand, "there, precision: auto is another than on the others")
+            reason = f"it differs from here: {', '.join(changes)}"
+            self._leave_alone(hand.node, hand.name, reason)
+        elif here and there and (other := _other_kind(here, there)):
+            self._leave_alone(hand.node, hand.name, other)
 
     def _lost(self, hand: _Hand, error: Exception, todo: "_Batches") -> None:
         """Give a worker up with its process, whose state nobody knows."""
@@ -323,14 +336,15 @@ class Cluster:
             self._silent = 0  # its place may be had by a worker that does better than those
             self._failures[hand.node] += 1
             if self._failures[hand.node] == FAILURES:
-                self._leave_alone(hand, f"{FAILURES} workers in a row have failed ({reason})")
+                reason = f"{FAILURES} workers in a row have failed ({reason})"
+                self._leave_alone(hand.node, hand.name, reason)
 
-    def _leave_alone(self, one: _Hand, reason: str) -> None:
-        if one.node not in self._reasons:
-            tell(f"warning: {one.name} is not used; {reason}")
-        self._reasons[one.node] = f"{one.name}: {reason}"
+    def _leave_alone(self, node: str, name: str, reason: str) -> None:
+        if node not in self._reasons:
+            tell(f"warning: {name} is not used; {reason}")
+        self._reasons[node] = f"{name}: {reason}"
         for hand in self._hands:
-            hand.parked |= hand.node == one.node and hand.batch is None
+            hand.parked |= hand.node == node and hand.batch is None
 
     def _dismiss(self, whom: Callable[[_Hand], bool]) -> None:
         for hand in self._hands:
@@ -402,6 +416,38 @@ class _Keeper:
             if self._keeping:
                 self._keeping.result()
             self._keeping, self.done = self._thread.submit(self._keep, self.done), []
+
+
+def _answers(looking: Mapping[str, Any]) -> tuple[dict[str, Hardware], dict[str, str]]:
+    """What machines have, by their ids, and why others do not say so."""
+    ready, _ = ray.wait(list(looking.values()), num_returns=len(looking), timeout=SECONDS_TO_ANSWER)
+    found, silent = dict[str, Hardware](), dict[str, str]()
+    for node, answer in looking.items():
+        if answer not in ready:
+            silent[node] = f"no answer in {SECONDS_TO_ANSWER} s"
+            continue
+        try:
+            found[node] = ray.get(answer)
+        except RayError as error:
+            silent[node] = _reason(error)
+    return found, silent
+
+
+def _of_all(found: Collection[Hardware], device: str) -> Hardware:
+    """What is true of all machines that compute on `device`, or on the other where none does."""
+    used = [one for one in found if one.device == device] or found
+    one = min(used, key=lambda one: one.name)
+    bf16 = one.bf16 if all(other.bf16 == one.bf16 for other in used) else None
+    return replace(one, bf16=bf16, compiles=all(other.compiles for other in used))
+
+
+def _other_kind(all_have: Hardware, there: Hardware) -> str:
+    """Why a machine would make other items than those that are used; empty where it would not."""
+    if there.device != all_have.device:
+        return f"it computes on {there.device}, the others on {all_have.device}"
+    if all_have.bf16 not in (None, there.bf16):
+        return "there, precision: auto is another than on the others"
+    return ""
 
 
 def _ready(pending: list[Any]) -> list[Any]:
