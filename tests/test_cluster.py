@@ -17,7 +17,7 @@ from bob.cache.executors import chosen
 from bob.cache.items import ItemCache
 from bob.cache.recipe import Maker, item_key
 from bob.cache.wanted import Wanted
-from bob.cache.work import Work
+from bob.cache.work import Hardware, Work
 from bob.errors import BobError
 from tests.conftest import ROOT
 
@@ -186,6 +186,31 @@ def test_a_machine_whose_folder_is_of_no_use_is_left_alone(joined, tmp_path, cap
     joined.remove(added)
     assert len(makers) == 2
     assert "is not used; NotADirectoryError" in capsys.readouterr().err
+
+
+def test_a_machine_whose_workers_are_killed_while_they_greet_is_left_alone(
+    joined, tmp_path, capsys
+):
+    poor, deaths = str(tmp_path / "poor"), tmp_path / "deaths"
+    deaths.mkdir()
+
+    def look():
+        if os.environ["BOB_NODE_FOLDER"] == poor and ray.get_runtime_context().get_actor_id():
+            (deaths / str(os.getpid())).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Hardware("cpu", False)
+
+    def make(numbers):
+        while len(list(deaths.iterdir())) < 3:
+            time.sleep(0.05)
+        return made(numbers, 0.2)
+
+    added = joined.add(folder=poor)
+    chosen.executor().hardware(look)
+    makers = take(80, make)
+    joined.remove(added)
+    assert len(makers) == 2 and len(list(deaths.iterdir())) == 3
+    assert "is not used; 3 workers in a row have failed (ActorDied" in capsys.readouterr().err
 
 
 def test_nobody_to_make_anything_is_said(repository, monkeypatch, tmp_path):

@@ -1,7 +1,9 @@
 """The project's files at a worker: brought once a machine, by their content."""
 
+import fcntl
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,46 @@ def test_a_file_outside_the_project_must_be_seen(project, worker, tmp_path):
     Brought(tmp_path / "unseen", unheard).bring({folder / "photos/a.jpg": content})
     with pytest.raises(BobError, match="lies outside the project"):
         Brought(folder, unheard).bring({tmp_path / "gone.jpg": content})
+
+
+@pytest.fixture
+def kept(worker):
+    """What a machine has kept: two files that nothing has asked for in long, one young, a lock."""
+    folder = node.folder("files")
+    long_ago = time.time() - (files.DAYS_KEPT + 1) * 86400
+    for name in ("old", "older", "young", "lock"):
+        (folder / name).touch()
+        if name != "young":
+            os.utime(folder / name, (long_ago, long_ago))
+    return folder
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_what_nothing_asks_for_is_removed_and_the_lock_never(kept):
+    lock = (kept / "lock").stat().st_ino
+    Brought(Path("unseen"), unheard)
+    assert names(kept) == {"lock", "young"}
+    assert (kept / "lock").stat().st_ino == lock
+
+
+def test_a_worker_that_brings_files_is_neither_waited_for_nor_disturbed(kept):
+    with (kept / "lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        Brought(Path("unseen"), unheard)
+    assert names(kept) == {"lock", "old", "older", "young"}
+
+
+def test_a_file_that_is_gone_when_it_is_to_be_removed_is_no_failure(kept, monkeypatch):
+    iterdir = Path.iterdir
+
+    def slow(folder):
+        found = list(iterdir(folder))
+        (kept / "old").unlink(missing_ok=True)
+        return iter(found)
+
+    monkeypatch.setattr(Path, "iterdir", slow)
+    Brought(Path("unseen"), unheard)
+    assert names(kept) == {"lock", "young"}

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,13 +33,14 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 try:
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import ActorDiedError, RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode
 except ModuleNotFoundError:
     raise BobError("Ray is not installed; pip install -c constraints.txt -e '.[ray]'") from None
 
 ATTEMPTS = 4  # at a batch, each by another worker
 FAILURES = 3  # in a row, after which a machine is left alone
+SILENT = 5  # workers in a row that end without a word, after which no more are begun
 SECONDS_TO_ANSWER = 120
 SECONDS_TO_SAY = 20  # that there is no worker yet
 _TICK = 1.0  # seconds between looks at what the cluster has
@@ -57,15 +58,16 @@ class _Batch:
 
 @dataclass(eq=False)
 class _Hand:
-    """A worker as the driver sees it: it greets, then it makes batches."""
+    """A worker as the driver sees it: it says where it is, it greets, then it makes batches."""
 
     actor: Any
     doing: Any
     """What it is to return next; None if nothing."""
     node: str = ""
-    """Ray's id of its machine, once it has greeted."""
+    """Ray's id of its machine, once it has said so."""
     name: str = ""
     """The machine's host name."""
+    greeted: bool = False
     batch: _Batch | None = None
     began: float = 0.0
     parked: bool = False
@@ -148,6 +150,8 @@ class Cluster:
         self._source: Any = None
         self._failures: Counter[str] = Counter()  # by machine, since its last success
         self._reasons: dict[str, str] = {}  # by machine that is left alone
+        # Workers in a row that have ended before they said where they are, and why the last one.
+        self._silent, self._silence = 0, ""
         self._waits_since = time.monotonic()  # 0: no longer, or it was said
         self._slots, self._looked = ("CPU", 0), 0.0
 
@@ -161,7 +165,10 @@ class Cluster:
         if time.monotonic() > self._looked + _TICK:
             resources = ray.cluster_resources()
             kind = "GPU" if resources.get("GPU") else "CPU"
-            self._slots, self._looked = (kind, int(resources.get(kind, 0))), time.monotonic()
+            slots = kind, int(resources.get(kind, 0))
+            if slots != self._slots:
+                self._silent = 0  # a machine has come, where workers may do better
+            self._slots, self._looked = slots, time.monotonic()
         return self._slots
 
     def workers(self) -> int:
@@ -169,7 +176,13 @@ class Cluster:
         return self.slots()[1]
 
     def hardware(self, look: Callable[[], Hardware]) -> Hardware:
-        """See `Executor.hardware`."""
+        """See `Executor.hardware`.
+
+        All that are used compute on the same device: the GPU where the cluster has GPUs and else
+        the CPU, the other one only where no machine has that. A machine with another is left alone,
+        and so is one that does not answer, as long as one does. Of several names the first in the
+        alphabet stands for all.
+        """
         if self._hardware:
             return self._hardware
         self._look = look
@@ -178,21 +191,27 @@ class Cluster:
             return self._hardware
         kind, _ = self.slots()
         remote: Any = ray.remote(num_cpus=0, num_gpus=0)(look)
-        looking = [
-            remote.options(scheduling_strategy=OnNode(node["NodeID"], soft=False)).remote()
+        nodes = {
+            node["NodeID"]: node["NodeManagerHostname"]
             for node in ray.nodes()
             if node["Alive"] and node["Resources"].get(kind)
-        ]
-        if not looking:
+        }
+        if not nodes:
             raise BobError("the Ray cluster has neither GPUs nor CPUs to make items with")
-        try:
-            found = set(ray.get(looking, timeout=SECONDS_TO_ANSWER))
-        except (RayError, TimeoutError) as error:
-            raise BobError(f"the Ray cluster does not answer ({_reason(error)})") from None
-        one = found.pop()
-        bf16 = one.bf16 if all(other.bf16 == one.bf16 for other in found) else None
-        compiles = all(other.compiles for other in (one, *found))
-        self._hardware = replace(one, bf16=bf16, compiles=compiles)
+        looking = {
+            node: remote.options(scheduling_strategy=OnNode(node, soft=False)).remote()
+            for node in nodes
+        }
+        found, silent = _answers(looking)
+        if not found:
+            reason = next(iter(silent.values()))
+            raise BobError(f"the Ray cluster does not answer ({reason})")
+        self._hardware = _of_all(found.values(), "cuda" if kind == "GPU" else "cpu")
+        for node, reason in silent.items():
+            self._leave_alone(node, nodes[node], f"it does not say what it has ({reason})")
+        for node, there in found.items():
+            if other := _other_kind(self._hardware, there):
+                self._leave_alone(node, nodes[node], other)
         return self._hardware
 
     # --- making --------------------------------------------------------------------------------
@@ -203,10 +222,11 @@ class Cluster:
         """See `Executor.make`."""
         pickled = ray.cloudpickle.dumps((work.make, work.encode))
         todo = _Batches(batches)
+        self._silent = 0  # what was broken may be mended
         with _Keeper(keep) as keeper:
             while todo.left or any(hand.batch for hand in self._hands):
-                self._hire(most, maker)
-                usable = {hand.node for hand in self._hands if hand.node and not hand.parked}
+                self._hire(most)
+                usable = {hand.node for hand in self._hands if hand.greeted and not hand.parked}
                 for hand in [hand for hand in self._hands if hand.idle]:
                     if batch := todo.next(hand.node, usable):
                         files = work.files(batch.numbers)
@@ -216,13 +236,15 @@ class Cluster:
                         )
                 keeper.flush()
                 self._await(maker, todo, keeper.done)
-        self._dismiss(lambda hand: not hand.node)  # they would take the place of others' workers
+        # The rest would take the place of others' workers.
+        self._dismiss(lambda hand: not (hand.greeted or hand.parked))
 
-    def _hire(self, most: int, maker: Maker) -> None:
+    def _hire(self, most: int) -> None:
         """Ask for as many workers as are of use; Ray begins each as soon as there is room."""
         kind, slots = self.slots()
         useful = sum(not hand.parked for hand in self._hands)
-        for _ in range(min(slots - len(self._hands), most - useful)):
+        wanted = min(slots - len(self._hands), most - useful)
+        for _ in range(wanted if self._silent < SILENT else 0):
             if self._source is None:
                 here = OnNode(ray.get_runtime_context().get_node_id(), soft=False)
                 # It keeps nothing, so that a new process is as good as the one that was killed.
@@ -234,7 +256,9 @@ class Cluster:
             actor = worker.options(scheduling_strategy="SPREAD").remote(
                 str(Path.cwd()), self._source, _threads(kind)
             )
-            self._hands.append(_Hand(actor, actor.greet.remote(maker, self._look)))
+            self._hands.append(_Hand(actor, actor.where.remote()))
+        if not self._hands and self._silent >= SILENT:
+            raise BobError(f"no worker of the Ray cluster can begin ({self._silence})")
         if not self._hands:
             raise BobError("the Ray cluster has neither GPUs nor CPUs to make items with")
         if all(hand.parked for hand in self._hands):
@@ -261,7 +285,9 @@ class Cluster:
             except OSError as error:  # no worker's: that would be a RayError as well
                 raise _without_ray(error) from None
             hand.doing = None
-            if hand.batch is None:
+            if not hand.node:
+                self._begun(hand, result, maker)
+            elif hand.batch is None:
                 self._greeted(hand, result, maker)
             elif isinstance(result, Refused):
                 raise BobError(f"{result.message} (on {hand.name})")
@@ -270,16 +296,24 @@ class Cluster:
                 done.append(Made(hand.batch.numbers, result, time.monotonic() - hand.began))
                 hand.batch = None
 
-    def _greeted(self, hand: _Hand, greeting: Greeting, maker: Maker) -> None:
-        hand.node, hand.name, self._waits_since = greeting.node, greeting.name, 0.0
+    def _begun(self, hand: _Hand, where: tuple[str, str], maker: Maker) -> None:
+        hand.node, hand.name = where
+        self._waits_since, self._silent = 0.0, 0
         hand.parked = hand.node in self._reasons
+        if not hand.parked:
+            look = self._look and ray.cloudpickle.dumps(self._look)
+            hand.doing = hand.actor.greet.remote(maker, look)
+
+    def _greeted(self, hand: _Hand, greeting: Greeting, maker: Maker) -> None:
+        hand.greeted = True
         here, there = self._hardware, greeting.hardware
         if greeting.error:
-            self._leave_alone(hand, greeting.error)
+            self._leave_alone(hand.node, hand.name, greeting.error)
         elif changes := greeting.maker.changes(maker):
-            self._leave_alone(hand, f"it differs from here: {', '.join(changes)}")
-        elif here and there and here.bf16 not in (None, there.bf16):
-            self._leave_alone(hand, "there, precision: auto is another than on the others")
+            reason = f"it differs from here: {', '.join(changes)}"
+            self._leave_alone(hand.node, hand.name, reason)
+        elif here and there and (other := _other_kind(here, there)):
+            self._leave_alone(hand.node, hand.name, other)
 
     def _lost(self, hand: _Hand, error: Exception, todo: "_Batches") -> None:
         """Give a worker up with its process, whose state nobody knows."""
@@ -291,17 +325,26 @@ class Cluster:
                 f"{ATTEMPTS} workers have failed at the same batch, the last on {hand.name} "
                 f"({reason})"
             )
-        if hand.node:
+        if not hand.node:
+            self._silent, self._silence = self._silent + 1, reason
+            if self._silent == SILENT and self._hands:
+                tell(
+                    f"warning: {SILENT} workers in a row have ended before they could say where "
+                    f"they are ({reason}); no more are begun"
+                )
+        else:
+            self._silent = 0  # its place may be had by a worker that does better than those
             self._failures[hand.node] += 1
             if self._failures[hand.node] == FAILURES:
-                self._leave_alone(hand, f"{FAILURES} workers in a row have failed ({reason})")
+                reason = f"{FAILURES} workers in a row have failed ({reason})"
+                self._leave_alone(hand.node, hand.name, reason)
 
-    def _leave_alone(self, one: _Hand, reason: str) -> None:
-        if one.node not in self._reasons:
-            tell(f"warning: {one.name} is not used; {reason}")
-        self._reasons[one.node] = f"{one.name}: {reason}"
+    def _leave_alone(self, node: str, name: str, reason: str) -> None:
+        if node not in self._reasons:
+            tell(f"warning: {name} is not used; {reason}")
+        self._reasons[node] = f"{name}: {reason}"
         for hand in self._hands:
-            hand.parked |= hand.node == one.node and hand.batch is None
+            hand.parked |= hand.node == node and hand.batch is None
 
     def _dismiss(self, whom: Callable[[_Hand], bool]) -> None:
         for hand in self._hands:
@@ -375,6 +418,38 @@ class _Keeper:
             self._keeping, self.done = self._thread.submit(self._keep, self.done), []
 
 
+def _answers(looking: Mapping[str, Any]) -> tuple[dict[str, Hardware], dict[str, str]]:
+    """What machines have, by their ids, and why others do not say so."""
+    ready, _ = ray.wait(list(looking.values()), num_returns=len(looking), timeout=SECONDS_TO_ANSWER)
+    found, silent = dict[str, Hardware](), dict[str, str]()
+    for node, answer in looking.items():
+        if answer not in ready:
+            silent[node] = f"no answer in {SECONDS_TO_ANSWER} s"
+            continue
+        try:
+            found[node] = ray.get(answer)
+        except RayError as error:
+            silent[node] = _reason(error)
+    return found, silent
+
+
+def _of_all(found: Collection[Hardware], device: str) -> Hardware:
+    """What is true of all machines that compute on `device`, or on the other where none does."""
+    used = [one for one in found if one.device == device] or found
+    one = min(used, key=lambda one: one.name)
+    bf16 = one.bf16 if all(other.bf16 == one.bf16 for other in used) else None
+    return replace(one, bf16=bf16, compiles=all(other.compiles for other in used))
+
+
+def _other_kind(all_have: Hardware, there: Hardware) -> str:
+    """Why a machine would make other items than those that are used; empty where it would not."""
+    if there.device != all_have.device:
+        return f"it computes on {there.device}, the others on {all_have.device}"
+    if all_have.bf16 not in (None, there.bf16):
+        return "there, precision: auto is another than on the others"
+    return ""
+
+
 def _ready(pending: list[Any]) -> list[Any]:
     """What has come of these, once there is something, but after _TICK at the latest."""
     try:
@@ -401,9 +476,12 @@ def _threads(kind: str) -> int:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, ActorDiedError) and error.actor_init_failed:
+        # It is told with the traceback, whose last line says what was raised.
+        return _line(str(error).strip().rpartition("\n")[2])
     cause = error.cause if isinstance(error, RayTaskError) else error
     return f"{type(cause).__name__}: {_line(cause)}"
 
 
-def _line(error: BaseException) -> str:
+def _line(error: object) -> str:
     return " ".join(str(error).split())[:200]

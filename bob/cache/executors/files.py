@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -59,9 +59,19 @@ class Brought:
         self._root, self._read = root, read
         self._placed: dict[Path, str] = {}
         self._kept = node.folder("files")
+        self._lock = self._kept / "lock"
+        # Where another holds the lock, which it does for as long as it brings files, or the disk
+        # has no locks, the sweep is left to the next worker.
+        with suppress(OSError), _locked(self._lock, wait=False):
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what nothing has asked for in DAYS_KEPT; the lock is held and stays."""
+        oldest = time.time() - DAYS_KEPT * 86400
         for path in self._kept.iterdir():
-            if time.time() - path.stat().st_mtime > DAYS_KEPT * 86400:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # a user may empty the folder, too
+                if path != self._lock and path.lstat().st_mtime < oldest:
+                    path.unlink()
 
     def bring(self, files: Mapping[Path, str]) -> None:
         """Have these files (path -> MD5 or SHA-256) in place.
@@ -71,7 +81,7 @@ class Brought:
         new = {path: one for path, one in files.items() if self._placed.get(path) != one}
         missing = {path: one for path, one in new.items() if not self._is_here(path, one)}
         if missing:
-            with _locked(self._kept / "lock"):
+            with _locked(self._lock):
                 self._fetch({content: path for path, content in missing.items()})
         for path, content in missing.items():
             self._place(path, self._kept / content)
@@ -146,7 +156,8 @@ def _digest(path: Path, content: str) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock; raises BlockingIOError where another does and this is not to wait."""
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

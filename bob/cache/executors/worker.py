@@ -1,6 +1,5 @@
 """A worker of a cluster, which is handed work and makes batches: what runs in Ray's processes."""
 
-import glob
 import os
 import pickle
 import platform
@@ -25,10 +24,6 @@ from bob.errors import BobError
 class Greeting:
     """What a worker says of itself before it is handed anything."""
 
-    node: str
-    """Ray's id of its machine."""
-    name: str
-    """Its machine's host name."""
     maker: Maker
     """What it would make items with."""
     hardware: Hardware | None
@@ -58,24 +53,31 @@ class Worker:
         self._make: Callable[..., Sequence[Any]]
         self._encode: Callable[[Any], bytes]
 
-    def greet(self, maker: Maker, look: Callable[[], Hardware] | None) -> Greeting:
-        """What it would make items with, of the parts that this maker has.
+    def where(self) -> tuple[str, str]:
+        """Ray's id of its machine, and the host name.
 
-        `look` finds out the hardware.
+        The first that it is asked, and little that could fail: whatever ends it later can be held
+        against the machine.
         """
         import ray
 
-        who = (ray.get_runtime_context().get_node_id(), platform.node())
+        return ray.get_runtime_context().get_node_id(), platform.node()
+
+    def greet(self, maker: Maker, look: bytes | None) -> Greeting:
+        """What it would make items with, of the parts that this maker has.
+
+        `look` finds out the hardware; pickled, because torch may fail where it is imported.
+        """
         try:
             os.chdir(_own_folder())
             self._files = Brought(self._root, self._read)
             own = Maker(code_hashes(maker.code), versions(maker.libraries))
-            return Greeting(*who, own, look() if look else None)
+            return Greeting(own, pickle.loads(look)() if look else None)
         except metadata.PackageNotFoundError as error:
             reason = f"it has no {error.name}"
-        except (ImportError, OSError) as error:
+        except Exception as error:  # another worker of this machine would meet it as well
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return Greeting(*who, maker, None, reason)
+        return Greeting(maker, None, reason)
 
     def _read(self, asked: Asked) -> Parts:
         import ray
@@ -102,8 +104,9 @@ def _own_folder() -> Path:
     """An empty folder for this process; those of processes that are gone are removed."""
     # With the machine's name: machines may share the user's home.
     parent, host = node.folder("workers"), platform.node()
-    for left in parent.glob(f"{glob.escape(host)}-*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(f"{host}-"))):
+    for left in parent.iterdir():
+        name, _, pid = left.name.rpartition("-")  # a host's name may hold hyphens, a pid none
+        if name == host and pid.isdecimal() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
     own = parent / f"{host}-{os.getpid()}"
     shutil.rmtree(own, ignore_errors=True)
