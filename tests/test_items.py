@@ -21,7 +21,7 @@ from bob.cache.check import CheckingCache
 from bob.cache.index import Index, Row, Trial
 from bob.cache.items import MAKE, TRIALS, ItemCache
 from bob.cache.lists import Item, read_items, write_items
-from bob.cache.making import Announcer
+from bob.cache.making import announcing
 from bob.cache.recipe import Maker as Code
 from bob.cache.recipe import code_hashes, item_key
 from bob.cache.trials import Trials
@@ -719,18 +719,19 @@ def test_one_of_those_who_wait_takes_over_from_one_who_is_killed(repository):
     assert not list(INDEX.with_name("announcers").iterdir())
 
 
-def announced(monkeypatch):
-    """Half of the items are announced by a process that lives; its lock, to be closed."""
-    with ItemCache("test") as cache:
-        other = Announcer(cache.folder("announcers")).__enter__()
-        cache.index.start(KEYS[:4], CODE_NOW.id, other.name)
+@pytest.fixture
+def other(repository, monkeypatch):
+    """The name of one who lives and has announced some of the items."""
     monkeypatch.setattr(making, "_SECONDS_TO_SAY", 0.0)
-    return other
+    with ItemCache("test") as cache:
+        folder, index = cache.folder("announcers"), cache.index
+    with announcing(folder) as name:
+        index.start(KEYS[:4], CODE_NOW.id, name)
+        yield name
 
 
-def test_what_is_waited_for_is_told_with_what_ends_the_waiting(repository, monkeypatch):
-    other, told = announced(monkeypatch), []
-    lock = INDEX.with_name("announcers") / other.name
+def test_what_is_waited_for_is_told_with_what_ends_the_waiting(other, monkeypatch):
+    told, lock = [], INDEX.with_name("announcers") / other
 
     def tell(line):
         told.append(line)
@@ -741,32 +742,25 @@ def test_what_is_waited_for_is_told_with_what_ends_the_waiting(repository, monke
     assert told == [
         f"waiting: another process of bob makes 4 of the items; if it does not, remove {lock}"
     ]
-    other.__exit__(None, None, None)
 
 
-def test_who_has_made_others_waits_no_longer_than_they_have_taken(repository, monkeypatch, capfd):
-    other = announced(monkeypatch)
+def test_who_has_made_others_waits_no_longer_than_they_have_taken(other, capfd):
     assert take()[1] == list(range(10))
     assert "waiting" not in capfd.readouterr().err
-    other.__exit__(None, None, None)
 
 
-def test_no_one_waits_with_a_gpu_that_another_waits_for(repository, monkeypatch, capfd):
+def test_no_one_waits_with_a_gpu_that_another_waits_for(other, monkeypatch, capfd):
     """It may be the one that is waited for."""
-    other = announced(monkeypatch)
     monkeypatch.setattr(gpu_locks, "in_demand", lambda: True)
     assert take(KEYS[:4])[1] == list(range(4))
     assert "waiting" not in capfd.readouterr().err
-    other.__exit__(None, None, None)
 
 
-def test_pruning_forgets_what_the_dead_have_announced_and_no_one_else(repository, monkeypatch):
-    other = announced(monkeypatch)
+def test_pruning_forgets_what_the_dead_have_announced_and_no_one_else(other):
     index = Index(INDEX)
     index.start(KEYS[4:6], CODE_NOW.id, "killed")
     assert invoke("cache", "prune") == (0, "0 items forgotten\n")
-    assert index.announced(KEYS, CODE_NOW.id) == dict.fromkeys(KEYS[:4], other.name)
-    other.__exit__(None, None, None)
+    assert index.announced(KEYS, CODE_NOW.id) == dict.fromkeys(KEYS[:4], other)
 
 
 def test_an_earlier_bob_goes_on_with_the_index(repository):

@@ -3,7 +3,7 @@
 Several processes help each other: each announces a batch before it makes it, of quick ones a
 second's worth at once, and goes round what another has announced. What is still missing in the end
 it waits for, and where the other ends without having made it, one of those who wait takes it over.
-Whether the other lives is told by a lock (`Announcer`).
+Whether the other lives is told by a lock (`announcing`).
 
 Who has made some waits no longer than PATIENCE of its own slowest batches and then makes the rest
 as well: the other may be much slower. Who has made none does not know how long one takes, a LoRA
@@ -19,11 +19,10 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -44,41 +43,30 @@ _SECONDS_TO_SAY = 20.0  # that another is waited for
 _SECONDS_KEPT = 86400.0  # the file of one that was killed
 
 
-class Announcer:
-    """Who announces, for a `with` block: a name, and a file of that name which is locked meanwhile.
+@contextmanager
+def announcing(folder: Path) -> Iterator[str]:
+    """The name of one who announces, for a block, and a file of that name, locked meanwhile.
 
     The kernel releases the lock with its process, however that ends, and a server of files those of
     a machine that is gone. Where machines share a disk that does not lock from one to the other,
     who is on another one seems to have ended, and what it makes is made twice. SQLite's own locks
     on the index are then of no use either.
     """
-
-    def __init__(self, folder: Path) -> None:
-        host = re.sub(r"[^\w-]", "_", platform.node())
-        self._folder = folder
-        self.name = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
-
-    def __enter__(self) -> Self:
-        for left in self._folder.iterdir():
-            with suppress(OSError):  # another process has removed it
-                # Not a new one, which its owner is about to lock.
-                if left.stat().st_mtime < time.time() - _SECONDS_KEPT and not is_alive(left):
-                    left.unlink()
-        path = self._folder / self.name
-        self._file = path.open("x")
+    for left in folder.iterdir():
+        with suppress(OSError):  # another process has removed it
+            # Not a new one, which its owner is about to lock.
+            if left.stat().st_mtime < time.time() - _SECONDS_KEPT and not is_alive(left):
+                left.unlink()
+    host = re.sub(r"[^\w-]", "_", platform.node())
+    path = folder / f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
+    with path.open("x") as file:
         path.chmod(0o644)  # for the other users of a shared cache, whatever the umask
         with suppress(OSError):  # a disk without locks
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        (self._folder / self.name).unlink(missing_ok=True)
-        self._file.close()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield path.name
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def is_alive(path: Path) -> bool:
@@ -122,15 +110,15 @@ class Making:
         """Recipe -> row of the items in these places, made here or by others."""
         left: list[int] = []  # to others
         most = -(-len(places) // self._batch_size)
-        with Announcer(self._announcers) as here:
-            self.of(self._unannounced(places, left, here.name), most)
+        with announcing(self._announcers) as here:
+            self.of(self._unannounced(places, left, here), most)
             while left:
                 gone = self._await_others(left)
                 if gone is None:
                     self.of(self._given_up(left), most)
                 elif left:
                     again, left = left, []
-                    self.of(self._unannounced(again, left, here.name, gone), most)
+                    self.of(self._unannounced(again, left, here, gone), most)
         return self._rows
 
     def _keep(self, batches: Sequence[Made]) -> None:
