@@ -71,7 +71,9 @@ from bob.formats.presets import nearest
 from bob.models import finetuning, sampling, training
 
 DATADREAM = {"finetune.context": "none", "generate.context": "none"}
-
+BOBS = {"classify.real_weight": 0.5, "generate.guidance_scale": 3.0}
+"""What all arms are told first, as `params.yaml` had it when the first of them were measured: so a
+default that moves makes no other arm of one that has rows."""
 
 HARNESS = (arms_task, arms_training, arms_sampling, arms_critics, generated_classes)
 # Read now: a file that is edited during a long run is not what has measured.
@@ -103,7 +105,7 @@ class Arm:
     @cached_property
     def values(self) -> dict[str, Any]:
         """`params.yaml` with its changes; to be asked for first in the workspace."""
-        return read_values(self.params, self.name)
+        return read_values(BOBS | self.params, self.name)
 
     @cached_property
     def code(self) -> str:
@@ -156,7 +158,7 @@ def _costs() -> list[Arm]:
 
 
 _ALL = [
-    Arm(BOB, "the method as `params.yaml` has it", arms_sets.bob),
+    Arm(BOB, "the method by its first parameters here", arms_sets.bob),
     Arm("real", "real photos only", arms_sets.real),
     Arm("datadream", "no context, neither in training nor in generation", arms_sets.bob, DATADREAM),
     Arm("again", "the real photos again in place of synthetic images", arms_sets.again),
@@ -208,9 +210,7 @@ def arm_of(name: str) -> Arm:
             raise BobError(f"{name}: {setting} is no setting; write key=value")
         settings[key] = value
     changes = {key: YAML(typ="safe").load(value) for key, value in settings.items()}
-    name = named(base, settings)
-    about = "; ".join(filter(None, (arm.about, name.partition(":")[2])))
-    arm = Arm(name, about, arm.make, {**arm.changes, **changes})
+    arm = Arm(named(base, settings), arm.about, arm.make, {**arm.changes, **changes})
     _ = arm.values, arm.options  # which may raise
     return arm
 

@@ -30,6 +30,8 @@ VERDICT = range(21, 31)
 JUDGED_BY = range(3)
 """The classifier seeds of a verdict."""
 BOB = "bob"
+TUNED = "bob:classify.real_weight=0.1,generate.guidance_scale=2.0"
+"""What tuning has found; arms that are told its settings are to be seen against it."""
 FLOOR, CEILING = "real", "drawn"
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
@@ -167,32 +169,37 @@ def is_judged(seeds: Mapping[int, Mapping[int, Row]]) -> bool:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against BOB, on the seeds that both have."""
+    """An arm against another, on the seeds that both have."""
 
     arm: str
+    other: str
     rows: Sequence[Row]
     differences: Sequence[Sequence[float]]
     """A list for each data seed, of the classifier seeds' differences."""
 
     @classmethod
-    def of(cls, arm: str, results: Results, metric: str, seeds: Iterable[int]) -> "Comparison":
+    def of(
+        cls, arm: str, other: str, results: Results, metric: str, seeds: Iterable[int]
+    ) -> "Comparison":
         """By a metric, on some data seeds."""
-        own, bobs = results[arm], results.get(BOB, {})
+        own, others = results[arm], results.get(other, {})
         rows, differences = [], []
         for seed in seeds:
             pairs = [
-                (row, bobs[seed][number])
+                (row, others[seed][number])
                 for number, row in own.get(seed, {}).items()
-                if number in bobs.get(seed, {})
+                if number in others.get(seed, {})
             ]
             rows += [row for row, _ in pairs]
             if pairs:
                 differences.append([getattr(a, metric) - getattr(b, metric) for a, b in pairs])
-        return cls(arm, rows, differences)
+        return cls(arm, other, rows, differences)
 
     @property
     def interval(self) -> Interval:
-        """Of the mean difference, by the bootstrap on two levels."""
+        """Of the mean difference, by the bootstrap on two levels; NaN without a pair."""
+        if not self.differences:
+            return Interval(math.nan, math.nan, math.nan)
         return two_level_interval(self.differences)
 
     @property
@@ -232,34 +239,26 @@ def page(rows: Sequence[Row], about: Mapping[str, str], code: Mapping[str, str])
     results = by_arm(rows)
     parts = [
         "# Arms against BOB, on the miniature",
-        "Written by `python -m bench.arms --page` from `bench/results/arms.csv`. Differences are "
-        "paired by data seed and classifier seed, with a 95 % interval by a bootstrap over both "
-        "(data seeds, and classifier seeds within them). *Visible* is the smallest true difference "
-        "that as many data seeds would show with 80 % power. *Way* is how much of the way from "
-        f"`{FLOOR}` to `{CEILING}` an arm goes, in percent, with an interval by Fieller's theorem "
-        "over data seeds. Evaluations are those of the UNet for all images that an arm makes, in "
-        "thousands.",
-    ]
-    tuned = [Comparison.of(arm, results, "val_top1", TUNING) for arm in results]
-    ways = {arm: way_of(arm, results, "val_top1", TUNING) for arm in results}
-    parts += [
+        "Written by `python -m bench.arms --page` from `bench/results/arms.csv`. BOB is `bob`, as "
+        f"the first of these arms were measured; *tuned* is `{TUNED}`, which the tuning has found. "
+        "Differences are paired by data seed and classifier seed, with a 95 % interval by a "
+        "bootstrap over both (data seeds, and classifier seeds within them). *Visible* is the "
+        "smallest true difference that as many data seeds would show with 80 % power. *Way* is how "
+        f"much of the way from `{FLOOR}` to `{CEILING}` an arm goes, in percent, with an interval "
+        "by Fieller's theorem over data seeds. Evaluations are those of the UNet for all images "
+        "that an arm makes, in thousands.",
         "## Tuning, on validation",
         f"Data seeds {TUNING[0]} to {TUNING[-1]}. Test is not measured there.",
-        _table([one for one in tuned if one.differences], "val_top1", about, ways),
+        _table([arm for arm in results if set(results[arm]) & set(TUNING)], results, about),
     ]
-    judged = [
-        Comparison.of(arm, results, "test_top1", VERDICT)
-        for arm, seeds in results.items()
-        if is_judged(seeds) and is_judged(results.get(BOB, {}))
-    ]
-    if any(one.arm != BOB for one in judged):
-        ways = {one.arm: way_of(one.arm, results, "test_top1", VERDICT) for one in judged}
+    judged = [arm for arm, seeds in results.items() if is_judged(seeds)]
+    if BOB in judged and len(judged) > 1:
         parts += [
             "## Verdicts, on test",
             f"Data seeds {VERDICT[0]} to {VERDICT[-1]}, which nothing was tuned on; each arm once. "
             "p-values (Student's t over data seeds) are corrected by Holm's method for the number "
-            "of arms judged.",
-            _table(judged, "test_top1", about, ways, judged=True),
+            "of arms in their column.",
+            _table(judged, results, about, verdict=True),
         ]
     other = [row for row in rows if row.arm in code and row.code != code[row.arm]]
     if other:
@@ -272,18 +271,22 @@ def page(rows: Sequence[Row], about: Mapping[str, str], code: Mapping[str, str])
 
 
 def _table(
-    compared: Sequence[Comparison],
-    metric: str,
-    about: Mapping[str, str],
-    ways: Mapping[str, Interval],
-    judged: bool = False,
+    arms: Sequence[str], results: Results, about: Mapping[str, str], verdict: bool = False
 ) -> str:
-    tests = [one for one in compared if one.arm != BOB]
-    corrected = dict(
-        zip((one.arm for one in tests), holm([p_value(one.means) for one in tests]), strict=True)
-    )
-    header = ["arm", "n", "top-1", f"{MINUS} BOB", "95 % interval", "visible"]
-    header += ["p, Holm"] if judged else []
+    metric, seeds = ("test_top1", VERDICT) if verdict else ("val_top1", TUNING)
+
+    def against(other: str) -> dict[str, Comparison]:
+        return {arm: Comparison.of(arm, other, results, metric, seeds) for arm in arms}
+
+    references = {other: against(other) for other in (BOB, TUNED)}
+    corrected = {
+        other: _corrected([one for arm, one in compared.items() if arm != other])
+        for other, compared in references.items()
+    }
+    header = ["arm", "n", "top-1"]
+    for name in ("BOB", "tuned"):
+        header += [f"{MINUS} {name}", "95 % interval", "visible"]
+        header += ["p, Holm"] if verdict else []
     header += [
         "way",
         "leakage",
@@ -296,23 +299,15 @@ def _table(
         "",
     ]
     lines = [header, ["---"] * len(header)]
-    for one in sorted(compared, key=lambda one: -one.mean(metric)):
-        interval = one.interval
-        is_bob = one.arm == BOB
-        cells = [
-            f"`{one.arm}`",
-            str(len(one.differences)),
-            _figure(one.mean(metric)),
-            DASH if is_bob else _figure(interval.mean, sign=True),
-            DASH if is_bob else _ends(interval, 2, sign=True),
-            DASH if is_bob else _figure(smallest_visible(one.means)),
-        ]
-        if judged:
-            cells.append(DASH if is_bob else _figure(corrected[one.arm], 3))
-        way = ways[one.arm]
+    own = {arm: one for arm, one in references[BOB].items() if one.differences}
+    for arm, one in sorted(own.items(), key=lambda pair: -pair[1].mean(metric)):
+        cells = [f"`{arm}`", str(len(one.differences)), _figure(one.mean(metric))]
+        for other, compared in references.items():
+            cells += _difference(compared[arm], corrected[other] if verdict else None)
+        way = way_of(arm, results, metric, seeds)
         cells += [
             DASH
-            if one.arm in (FLOOR, CEILING) or math.isnan(way.mean)
+            if arm in (FLOOR, CEILING) or math.isnan(way.mean)
             else f"{_figure(way.mean, 0)} ({_ends(way, 0)})",
             _both(one.mean("leakage_background"), one.mean("leakage_pose"), 3),
             _both(one.mean("true_leakage_background"), one.mean("true_leakage_pose"), 3),
@@ -321,10 +316,34 @@ def _table(
             _figure(one.mean("images"), 0),
             _figure(one.mean("evaluations") / 1000, 1),
             _figure(one.mean("seconds"), 0),
-            about.get(one.arm, ""),
+            about.get(arm, ""),
         ]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _corrected(compared: Sequence[Comparison]) -> dict[str, float]:
+    """The p-value of each, by Holm's method."""
+    return dict(
+        zip(
+            (one.arm for one in compared),
+            holm([p_value(one.means) for one in compared]),
+            strict=True,
+        )
+    )
+
+
+def _difference(one: Comparison, corrected: Mapping[str, float] | None) -> list[str]:
+    """The cells of an arm against another; dashes for an arm against itself."""
+    count = 3 if corrected is None else 4
+    if one.arm == one.other:
+        return [DASH] * count
+    cells = [
+        _figure(one.interval.mean, sign=True),
+        _ends(one.interval, 2, sign=True),
+        _figure(smallest_visible(one.means)),
+    ]
+    return cells if corrected is None else [*cells, _figure(corrected[one.arm], 3)]
 
 
 def _figure(value: float, places: int = 2, sign: bool = False) -> str:

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 
 from bench import arms, arms_critics, arms_filters, arms_results, arms_sets
 from bench.arms import ARMS, Call, arm_of, measure
-from bench.arms_results import BOB, VERDICT, Row, add_row, by_arm, page, read_rows, way_of
+from bench.arms_results import BOB, TUNED, VERDICT, Row, add_row, by_arm, page, read_rows, way_of
 from bench.arms_sampling import ArmMaker
 from bench.arms_search import SEARCHES, Search
 from bench.arms_task import FewShot, Options, few_shot_project
@@ -479,6 +479,10 @@ def test_differences_are_paired_and_validation_alone_is_shown_of_tuning(workspac
     text = page([*rows, *judged(BOB), *judged("real", lift=2.0)], {}, {})
     (line,) = [one for one in text.split("## Verdicts")[1].splitlines() if "`real`" in one]
     assert "| 10 |" in line and "+2.50" in line and "| 0.000 |" in line
+    text = page([*rows, *judged(BOB), *judged("real", lift=2.0), *judged(TUNED, lift=1.0)], {}, {})
+    (line,) = [one for one in text.split("## Verdicts")[1].splitlines() if "`real`" in one]
+    assert line.count("| 0.000 |") == 2, "against BOB and against the tuned one"
+    assert "+2.50" in line and "+1.00" in line
 
 
 def test_the_way_to_the_ceiling_is_over_data_seeds_that_all_three_have():
