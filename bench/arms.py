@@ -11,7 +11,7 @@ smoothing, solver, spacing, low and high. Missing rows are measured, data seed a
 by all arms, and added to bench/results/arms.csv one by one: killed, the same command goes on.
 
 Data seeds 0 to 9 are for tuning, where only validation is measured. `--verdict` measures arms, and
-BOB, on 21 to 30, and on test, once.
+BOB, on 21 to 30, and on test, once; several processes can have some of these seeds each.
 """
 
 import contextlib
@@ -348,7 +348,7 @@ def told_page(rows: Sequence[Row]) -> str:
 
 @click.command(help=__doc__)
 @click.argument("arms", nargs=-1)
-@click.option("--seeds", default=None, help="Data seeds, by default 0-9.")
+@click.option("--seeds", default=None, help="Data seeds, by default all that are for it.")
 @click.option("--classifier-seeds", default=len(JUDGED_BY), help="How many under each.")
 @click.option("--minutes", default=math.inf, help="After which no arm is begun.")
 @click.option("--again", is_flag=True, help="Measure anew what other code has measured.")
@@ -380,29 +380,31 @@ def _main(
     if not page_only:
         until = time.monotonic() + 60 * minutes
         results = RESULTS.absolute()
+        allowed = VERDICT if verdict else TUNING
+        wanted = seeds_of(seeds) if seeds else allowed
+        check_seeds(wanted, allowed)
         if verdict:
-            call = _verdict(arms, until, results, told=bool(seeds) or again)
+            _check_verdict(arms, results, again)
+            classifiers = JUDGED_BY
         else:
-            wanted = seeds_of(seeds or f"{TUNING[0]}-{TUNING[-1]}")
-            check_seeds(wanted)
-            call = Call(arms, wanted, range(classifier_seeds), until, again, results)
-        call.run()
+            classifiers = range(classifier_seeds)
+        Call(arms, wanted, classifiers, until, again, results).run()
     text = told_page(read_rows())
     write_page(text)
     click.echo(text)
 
 
-def _verdict(arms: Sequence[str], until: float, results: Path, *, told: bool) -> Call:
+def _check_verdict(arms: Sequence[str], results: Path, again: bool) -> None:
+    """Raises BobError for a verdict that is none: of arms that were not named, or a second one."""
     if not arms or any(
         name in SEARCHES or fnmatch.filter(ARMS, name) != [name] for name in arms if ":" not in name
     ):
         raise BobError("--verdict is for arms that are named one by one")
-    if told:
-        raise BobError("--verdict has seeds of its own and is given once: no --seeds, no --again")
+    if again:
+        raise BobError("--verdict is given once: no --again")
     chosen = map(arm_of, arms)
     judged = {arm.name: arm.code for arm in chosen if arm.name != BOB}
     check_not_judged(judged, by_arm(read_rows(results)))
-    return Call(arms, VERDICT, JUDGED_BY, until, False, results)
 
 
 if __name__ == "__main__":

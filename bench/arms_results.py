@@ -129,17 +129,15 @@ def by_arm(rows: Iterable[Row]) -> dict[str, dict[int, dict[int, Row]]]:
 # --- the rule of seeds ---------------------------------------------------------------------------
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises BobError for data seeds that nothing is tuned on."""
+def check_seeds(seeds: Sequence[int], allowed: range) -> None:
+    """Raises BobError for a data seed that is not for tuning, or not for a verdict: `allowed`."""
+    purposes = {TUNING: "for tuning", STUDY: "the study's", VERDICT: "for verdicts (--verdict)"}
     for seed in seeds:
-        if seed not in TUNING:
-            whose = "is for nothing"
-            if seed in STUDY:
-                whose = "is the study's"
-            if seed in VERDICT:
-                whose = "is for verdicts, which --verdict gives, once an arm"
+        if seed not in allowed:
+            whose = [purpose for own, purpose in purposes.items() if seed in own]
             raise BobError(
-                f"data seed {seed} {whose}; arms are tuned on {TUNING[0]} to {TUNING[-1]}"
+                f"data seed {seed} is {(*whose, 'for nothing')[0]}; these are "
+                f"{purposes[allowed]}: {allowed[0]} to {allowed[-1]}"
             )
 
 

@@ -414,7 +414,8 @@ def test_a_mangled_line_is_told(workspace):
         (["filter-*", "--verdict"], "named one by one"),
         (["real-tuned", "--verdict"], "named one by one"),
         (["real", "--verdict", "--again"], "no --again"),
-        (["real", "--verdict", "--seeds", "21"], "no --seeds"),
+        (["real", "--verdict", "--seeds", "20-21"], "20 is for nothing"),
+        (["real", "--verdict", "--seeds", "9"], "9 is for tuning"),
     ],
 )
 def test_data_seeds_are_for_what_they_are_for(workspace, arguments, why):
