@@ -38,6 +38,7 @@ from bench import (
     arms_training,
     generated_classes,
 )
+from bench.arms_page import page, write_page
 from bench.arms_results import (
     BOB,
     JUDGED_BY,
@@ -49,9 +50,7 @@ from bench.arms_results import (
     by_arm,
     check_not_judged,
     check_seeds,
-    page,
     read_rows,
-    write_page,
 )
 from bench.arms_search import SEARCHES, named
 from bench.arms_task import (

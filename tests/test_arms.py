@@ -14,13 +14,15 @@ from dvc.repo import Repo
 from PIL import Image
 from ruamel.yaml import YAML
 
-from bench import arms, arms_critics, arms_filters, arms_results, arms_sets
+from bench import arms, arms_critics, arms_filters, arms_page, arms_results, arms_sets
 from bench.arms import ARMS, Call, arm_of, measure
-from bench.arms_results import BOB, TUNED, VERDICT, Row, add_row, by_arm, page, read_rows, way_of
+from bench.arms_page import MINUS, TUNED, page, two_level_interval, way_of
+from bench.arms_results import BOB, VERDICT, Row, add_row, by_arm, read_rows
 from bench.arms_sampling import ArmMaker
 from bench.arms_search import SEARCHES, Search
 from bench.arms_task import FewShot, Options, few_shot_project
 from bob.cache.items import ItemCache
+from bob.commands.study.statistics import mean_interval
 from bob.errors import BobError
 from bob.formats.params import read_yaml
 from bob.formats.prompts import Context
@@ -475,7 +477,7 @@ def test_differences_are_paired_and_validation_alone_is_shown_of_tuning(workspac
             rows += [row_of(BOB, seed, number, bob), row_of("real", seed, number, bob - 5 - number)]
     rows.append(row_of("real", 7, 0, 1.0))
     text = page(rows, {}, {})
-    assert f"| `real` | 5 | 85.00 | {arms_results.MINUS}5.50 |" in text, "seed 7 is not BOB's"
+    assert f"| `real` | 5 | 85.00 | {MINUS}5.50 |" in text, "seed 7 is not BOB's"
     assert "## Verdicts" not in text
     text = page([*rows, *judged(BOB), *judged("real", lift=2.0)], {}, {})
     (line,) = [one for one in text.split("## Verdicts")[1].splitlines() if "`real`" in one]
@@ -495,6 +497,30 @@ def test_the_way_to_the_ceiling_is_over_data_seeds_that_all_three_have():
     assert way.mean == pytest.approx(90) and way.low < 90 < way.high
     assert "| 90 (" in page(rows, {}, {})
     assert math.isnan(way_of(BOB, by_arm(rows[:2]), "val_top1", range(10)).mean)
+
+
+def test_the_bootstrap_covers_the_truth_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(arms_page, "RESAMPLES", 4000)
+    random = np.random.default_rng(0)
+    for count, tolerance in ((5, 0.04), (10, 0.03)):
+        covered = []
+        for trial in range(200):
+            seeds = random.normal(1, 2, (count, 1)) + random.normal(0, 2, (count, 3))
+            interval = two_level_interval(seeds.tolist(), trial)
+            covered.append(interval.low <= 1 <= interval.high)
+        assert np.mean(covered) == pytest.approx(0.95, abs=tolerance)
+
+
+def test_the_bootstrap_goes_by_data_seeds_and_not_by_how_many_classifiers_there_are():
+    alike = [[one] * 3 for one in (1.0, 2.0, 4.0, 5.0, 8.0)]
+    many = two_level_interval([one * 20 for one in alike])
+    few = two_level_interval(alike)
+    assert few.mean == many.mean == 4
+    assert (few.low, few.high) == pytest.approx((many.low, many.high), abs=0.3)
+    student = mean_interval([1, 2, 4, 5, 8])
+    assert few.high - few.low == pytest.approx(student.high - student.low, rel=0.25)
+    assert two_level_interval(alike) == few, "the same numbers every time"
+    assert np.isnan(two_level_interval([[1.0, 2.0]]).low)
 
 
 # --- searches ----------------------------------------------------------------------------------

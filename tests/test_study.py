@@ -30,7 +30,6 @@ from bob.commands.study.statistics import (
     paired_interval,
     ratio_interval,
     smallest_visible,
-    two_level_interval,
 )
 from bob.errors import BobError
 from bob.formats.files import write_jsonl
@@ -121,30 +120,6 @@ def test_the_interval_of_a_ratio_covers_the_truth_as_often_as_it_says():
 def test_a_ratio_to_something_near_zero_is_unbounded():
     interval = ratio_interval([5.0, 6.0, 7.0], [0.5, -0.4, 0.3])
     assert np.isnan(interval.low)
-
-
-def test_the_bootstrap_covers_the_truth_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr(statistics, "RESAMPLES", 4000)
-    random = np.random.default_rng(0)
-    for count, tolerance in ((5, 0.04), (10, 0.03)):
-        covered = []
-        for trial in range(200):
-            seeds = random.normal(1, 2, (count, 1)) + random.normal(0, 2, (count, 3))
-            interval = two_level_interval(seeds.tolist(), trial)
-            covered.append(interval.low <= 1 <= interval.high)
-        assert np.mean(covered) == pytest.approx(0.95, abs=tolerance)
-
-
-def test_the_bootstrap_goes_by_data_seeds_and_not_by_how_many_classifiers_there_are():
-    alike = [[one] * 3 for one in (1.0, 2.0, 4.0, 5.0, 8.0)]
-    many = two_level_interval([one * 20 for one in alike])
-    few = two_level_interval(alike)
-    assert few.mean == many.mean == 4
-    assert (few.low, few.high) == pytest.approx((many.low, many.high), abs=0.3)
-    student = mean_interval([1, 2, 4, 5, 8])
-    assert few.high - few.low == pytest.approx(student.high - student.low, rel=0.25)
-    assert two_level_interval(alike) == few, "the same numbers every time"
-    assert np.isnan(two_level_interval([[1.0, 2.0]]).low)
 
 
 def test_holms_correction_is_the_textbooks():

@@ -8,7 +8,6 @@ import numpy as np
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
-RESAMPLES = 20_000  # of a bootstrap
 
 
 class Interval(NamedTuple):
@@ -63,35 +62,6 @@ def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> 
         return Interval(ratio, math.nan, math.nan)
     spread = math.sqrt(max(0.0, linear**2 - square * constant))
     return Interval(ratio, (linear - spread) / square, (linear + spread) / square)
-
-
-def two_level_interval(differences: Sequence[Sequence[float]], seed: int = 0) -> Interval:
-    """The mean of `differences` and its interval by a bootstrap on two levels.
-
-    A list for each data seed, of the difference under each of its classifier seeds; the mean is
-    that of the data seeds' means. Data seeds are drawn with replacement, and within each that is
-    drawn its classifier seeds. The ends are percentiles of the means, expanded (Hesterberg 2015,
-    arXiv 1411.5279, section 4.3): so few data seeds make percentiles too narrow, by about
-    sqrt((n - 1) / n) * z / t, and other percentiles are taken that make up for it.
-    """
-    mean = float(np.mean([np.mean(one) for one in differences]))
-    count = len(differences)
-    if count < 2:
-        return Interval(mean, math.nan, math.nan)
-    random = np.random.default_rng(seed)
-    # Of every data seed as many resampled means as it is drawn with all resamples.
-    means = np.stack(
-        [
-            np.asarray(one)[random.integers(len(one), size=(RESAMPLES, count, len(one)))].mean(2)
-            for one in differences
-        ]
-    )
-    drawn = random.integers(count, size=(RESAMPLES, count))
-    resampled = np.take_along_axis(means, drawn[None], axis=0)[0].mean(1)
-    t = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
-    tail = stats.norm.cdf(-math.sqrt(count / (count - 1)) * t)
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return Interval(mean, float(low), float(high))
 
 
 def p_value(differences: Sequence[float]) -> float:
