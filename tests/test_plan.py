@@ -192,7 +192,7 @@ def test_what_the_run_cache_has_is_restored(project):
     assert (states["generate"], work["generate"].items) == (RUNS, "0 reused, 4 new")
     assert ran(dvc(project, "repro", "classify")) == {"generate", "classify"}
 
-    set_params(project, {"generate": {"guidance_scale": 3.0}, "classify": {"seeds": [0, 1]}})
+    set_params(project, {"generate": {"guidance_scale": 2.0}, "classify": {"seeds": [0, 1]}})
     states, work = planned()
     assert states["generate"] == RESTORED and "generate" not in work
     # The images are in DVC's cache alone, and the classifiers of seed 0 were trained on them.

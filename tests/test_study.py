@@ -44,8 +44,8 @@ title: A small study
 settings:
   bob: {seeds: [11, 12, 13]}
   none: {seeds: [11, 12, 13], params: {finetune.context: none, generate.context: none}}
-  weight: {seeds: [11, 12], params: {classify.real_weight: 0.1}}
-  twin: {seeds: [11], params: {classify.real_weight: 0.1}}
+  weight: {seeds: [11, 12], params: {classify.real_weight: 0.3}}
+  twin: {seeds: [11], params: {classify.real_weight: 0.3}}
 claims:
   - id: a
     title: BOB beats DataDream, and it does not leak
@@ -68,7 +68,7 @@ claims:
     title: A curve
     metric: top1
     x: real weight
-    rows: [{label: 0.1, setting: weight}, {label: 0.5, setting: bob}]
+    rows: [{label: 0.3, setting: weight}, {label: 0.1, setting: bob}]
 figure:
   title: The figure
   metric: top1
@@ -190,9 +190,9 @@ def test_settings_of_the_same_params_are_run_once(project):
         ("title: A small study", "titel: A small study", "titel is not a known key; did you mean"),
         ("seeds: [11, 12, 13]}", "seeds: []}", "settings.bob.seeds is []; allowed: a list of at"),
         ("bob: {", "Bob!: {", "allowed: a name of small letters, digits and hyphens"),
-        ("classify.real_weight: 0.1", "classify.weight: 0.1", "did you mean classify.real_weight?"),
-        ("classify.real_weight: 0.1", "classify.real_weight: 2", "allowed: a number from 0 to 1"),
-        ("classify.real_weight: 0.1", "clasify.x: 2", "clasify is not a known key; did you mean"),
+        ("classify.real_weight: 0.3", "classify.weight: 0.1", "did you mean classify.real_weight?"),
+        ("classify.real_weight: 0.3", "classify.real_weight: 2", "allowed: a number from 0 to 1"),
+        ("classify.real_weight: 0.3", "clasify.x: 2", "clasify is not a known key; did you mean"),
         ("setting: none}", "setting: nothing}", "names the setting 'nothing'; there are bob, none"),
         ("{larger: BOB, smaller: D", "{larger: BOB, smaller: d", "no row 'dataDream'; its rows"),
         ("expect_zero: [BOB]", "expect_zero: [Bob]", "claim e has no row 'Bob'; its rows are BOB"),
@@ -279,7 +279,7 @@ def test_a_run_of_other_params_models_or_code_is_repeated_only_on_demand(
 ):
     assert len(queued(monkeypatch)) == 8
     text = (project / "params.yaml").read_text()
-    (project / "params.yaml").write_text(text.replace("guidance_scale: 3.0", "guidance_scale: 2.0"))
+    (project / "params.yaml").write_text(text.replace("guidance_scale: 2.0", "guidance_scale: 3.0"))
     capsys.readouterr()
     assert queued(monkeypatch) == []
     assert "8 of the measured runs are of other code, models or params" in capsys.readouterr().out
@@ -434,7 +434,7 @@ def test_a_later_change_of_code_needs_another_sample(changed, monkeypatch):
 
 def test_a_sample_says_nothing_of_other_params_and_all_can_be_repeated(changed, monkeypatch):
     text = (changed / "params.yaml").read_text()
-    (changed / "params.yaml").write_text(text.replace("real_weight: 0.5", "real_weight: 0.6"))
+    (changed / "params.yaml").write_text(text.replace("real_weight: 0.1", "real_weight: 0.2"))
     repeated = queued(monkeypatch, again=True, sample=1)
     assert len(repeated) == 1 + 6
     assert {name for name, _ in repeated[:1]} == {"weight"}, "whose real_weight is its own"
@@ -661,7 +661,7 @@ RUN = """
 title: A small study
 settings:
   bob: {seeds: [11]}
-  guided: {seeds: [11], params: {generate.guidance_scale: 3.0}}
+  guided: {seeds: [11], params: {generate.guidance_scale: 2.0}}
   drawn: {seeds: [11], drawn: true}
 claims:
   - id: g
