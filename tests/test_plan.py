@@ -518,6 +518,8 @@ def test_what_half_the_images_lose_is_told_from_the_study(tmp_path, monkeypatch)
     stale = Row("images-50", ("", 13), "earlier", "", rows[2].metrics)
     rows += [stale, replace(rows[4], run=(rows[4].run[0], 13))]
     rows.append(Row("other", ("generate.images_per_class=100 data.shots=2", 11), "", "", {}))
+    unpaired = ("generate.images_per_class=200", 11)
+    rows.append(Row("images-200", unpaired, "earlier", "", rows[2].metrics | {"images": 1600.0}))
     Path("docs").mkdir()
     write_results(Path("docs/miniature-study.csv"), rows)
     for asked, whole in {1: 50, 60: 50, 80: 100, 5000: 100}.items():
