@@ -178,7 +178,11 @@ _ALL = [
         arms_sets.bob,
         {"augment": "degrade"},
     ),
-    Arm("where-needed", "half of the images where validation errs", arms_sets.where_needed),
+    Arm(
+        "where-needed",
+        "half of the images where validation errs, of whose photos it knows class and context",
+        arms_sets.where_needed,
+    ),
     Arm("soft-labels", "labels half by cross-fitted classifiers", arms_sets.soft_labels),
     Arm(
         "middle-guidance",
@@ -186,7 +190,7 @@ _ALL = [
         arms_sets.bob,
         {"low": 0.3, "high": 5.0},
     ),
-    Arm("clusters", "contexts are clusters of the photos' borders", arms_sets.clusters),
+    Arm("clusters", "contexts are clusters of the photos' borders, poses none", arms_sets.clusters),
     *_filters("", {}),
     *_filters("datadream-", DATADREAM),
     *_costs(),

@@ -1,5 +1,6 @@
 """Arms of `bench.arms` that drop generated images: does a filter bring the bias back?"""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -47,17 +48,14 @@ def worst_of_each_class(belief: np.ndarray, labels: np.ndarray, percent: int) ->
 
 
 def _unfamiliar(shots: FewShot, images: Images, places: list[int]) -> float:
-    """Share of images whose prompt has a background that no shot of their class has."""
+    """Share of images whose prompt has a background that no shot of their class has.
+
+    NaN where prompts have none.
+    """
     own = {(entry.class_name, entry.context.background) for entry in shots.bank if entry.context}
-    asked = [images.about[place] for place in places]
-    return float(
-        np.mean(
-            [
-                one.context is not None and (one.class_name, one.context.background) not in own
-                for one in asked
-            ]
-        )
-    )
+    asked = [(images.about[place].class_name, images.about[place].context) for place in places]
+    strange = [(name, one.background) not in own for name, one in asked if one]
+    return float(np.mean(strange)) if strange else math.nan
 
 
 def _only(images: Images, places: list[int]) -> Images:

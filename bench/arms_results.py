@@ -13,7 +13,7 @@ from bob.formats.files import locked, write_csv
 RESULTS = Path("bench/results/arms.csv")
 TUNING = range(10)
 """Data seeds for tuning: there test is not measured, so that nothing can be chosen by it."""
-STUDY = range(11, 16)
+STUDY = range(16, 21)
 VERDICT = range(21, 31)
 """Data seeds that nothing was tuned on; on all of them, an arm is judged once."""
 JUDGED_BY = range(3)

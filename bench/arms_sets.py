@@ -120,7 +120,7 @@ def clusters(shots: FewShot) -> TrainingSet:
     """Contexts without a captioner: the clusters of what lies around the aircraft.
 
     A photo's border, blurred to a few pixels, is its background's feature; a cluster's name is a
-    number that the LoRA learns the meaning of. The pose has none: it is left to chance.
+    number that the LoRA learns the meaning of. Poses have no name, so they stay tied to classes.
     """
     borders = np.stack([_border(path) for path in shots.real.paths])
     found = KMeans(min(CLUSTERS, len(borders)), n_init=10, random_state=0).fit_predict(borders)

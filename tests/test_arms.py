@@ -14,15 +14,14 @@ from dvc.repo import Repo
 from PIL import Image
 from ruamel.yaml import YAML
 
-from bench import arms, arms_critics, arms_filters, arms_page, arms_results, arms_sets
+from bench import arms, arms_critics, arms_filters, arms_results, arms_sets
 from bench.arms import ARMS, Call, arm_of, measure
-from bench.arms_page import MINUS, TUNED, page, two_level_interval, way_of
+from bench.arms_page import MINUS, TUNED, page, way_of
 from bench.arms_results import BOB, VERDICT, Row, add_row, by_arm, read_rows
 from bench.arms_sampling import ArmMaker
 from bench.arms_search import SEARCHES, Search
 from bench.arms_task import FewShot, Options, few_shot_project
 from bob.cache.items import ItemCache
-from bob.commands.study.statistics import mean_interval
 from bob.errors import BobError
 from bob.formats.params import read_yaml
 from bob.formats.prompts import Context
@@ -408,7 +407,7 @@ def test_a_mangled_line_is_told(workspace):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["real", "--seeds", "11"], "11 is the study's"),
+        (["real", "--seeds", "16"], "16 is the study's"),
         (["real", "--seeds", "9-10"], "10 is for nothing"),
         (["real", "--seeds", "21"], "21 is for verdicts"),
         (["real", "--seeds", "a-b"], "no seeds"),
@@ -469,58 +468,57 @@ def test_test_is_measured_for_a_verdict_alone(workspace, monkeypatch):
 # --- the page ----------------------------------------------------------------------------------
 
 
+def line_of(arm, text):
+    (line,) = [one for one in text.splitlines() if one.startswith(f"| `{arm}` |")]
+    return line
+
+
 def test_differences_are_paired_and_validation_alone_is_shown_of_tuning(workspace):
     rows = []
     for seed in range(5):
-        for number in range(2):
+        for number in range(3):
             bob = 70.0 + 10 * seed + number
-            rows += [row_of(BOB, seed, number, bob), row_of("real", seed, number, bob - 5 - number)]
-    rows.append(row_of("real", 7, 0, 1.0))
+            rows += [row_of(BOB, seed, number, bob), row_of("real", seed, number, bob - 4 - number)]
+    rows += [row_of("real", 7, number, 1.0) for number in range(3)]
+    rows += [row_of(arm, 8, 0, 50.0) for arm in (BOB, "real")]
     text = page(rows, {}, {})
-    assert f"| `real` | 5 | 85.00 | {MINUS}5.50 |" in text, "seed 7 is not BOB's"
+    line = line_of("real", text)
+    assert f"| `real` | 86.00 | {MINUS}5.00 | {MINUS}5.00 to {MINUS}5.00 | 5 |" in line, (
+        "data seed 7 is not BOB's, and 8 is not whole"
+    )
     assert "## Verdicts" not in text
-    text = page([*rows, *judged(BOB), *judged("real", lift=2.0)], {}, {})
-    (line,) = [one for one in text.split("## Verdicts")[1].splitlines() if "`real`" in one]
-    assert "| 10 |" in line and "+2.50" in line and "| 0.000 |" in line
-    text = page([*rows, *judged(BOB), *judged("real", lift=2.0), *judged(TUNED, lift=1.0)], {}, {})
-    (line,) = [one for one in text.split("## Verdicts")[1].splitlines() if "`real`" in one]
-    assert line.count("| 0.000 |") == 2, "against BOB and against the tuned one"
-    assert "+2.50" in line and "+1.00" in line
+    text = page([*rows, *judged(BOB), *judged("real", lift=2.0)], {}, {}).split("## Verdicts")[1]
+    line = line_of("real", text)
+    assert "| 10 |" in line and "+2.50" in line and line.count("| 0.000 |") == 1
+
+
+def test_an_arm_stands_against_the_tuned_recipe_where_it_has_its_settings():
+    rows = [*judged(BOB), *judged(TUNED, lift=1.0)]
+    alike = [f"balanced:{TUNED.partition(':')[2]}", "real", "drawn:classify.real_weight=0.1"]
+    others = ["balanced", "drawn", "bob:classify.real_weight=0.1"]
+    for arm in alike + others:
+        rows += judged(arm, lift=2.0)
+    text = page(rows, {}, {}).split("## Verdicts")[1]
+    assert all("| +2.50 |" in line_of(arm, text) for arm in alike + others)
+    assert all("| +1.00 |" in line_of(arm, text) for arm in alike)
+    assert not any("| +1.00 |" in line_of(arm, text) for arm in others)
+
+
+def test_of_a_verdict_that_is_not_complete_nothing_is_shown():
+    rows = [*judged(BOB), *judged("real", lift=1.0), *judged(TUNED, lift=3.0)[:-1]]
+    text = page(rows, {}, {}).split("## Verdicts")[1]
+    assert TUNED not in text and "+1.50" not in text.replace("| +1.50 |", "", 1)
 
 
 def test_the_way_to_the_ceiling_is_over_data_seeds_that_all_three_have():
-    rows = [row_of("drawn", 3, 0, 99.0), row_of(BOB, 4, 0, 1.0)]
+    rows = [row_of(arm, seed, n, 99.0) for arm, seed in (("drawn", 3), (BOB, 4)) for n in range(3)]
     for seed, spread in enumerate((-1.0, 0.0, 1.0)):
         for arm, accuracy in (("real", 60.0), (BOB, 78.0 + spread), ("drawn", 80.0)):
-            rows.append(row_of(arm, seed, 0, accuracy))
+            rows += [row_of(arm, seed, number, accuracy) for number in range(3)]
     way = way_of(BOB, by_arm(rows), "val_top1", range(10))
     assert way.mean == pytest.approx(90) and way.low < 90 < way.high
     assert "| 90 (" in page(rows, {}, {})
-    assert math.isnan(way_of(BOB, by_arm(rows[:2]), "val_top1", range(10)).mean)
-
-
-def test_the_bootstrap_covers_the_truth_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr(arms_page, "RESAMPLES", 4000)
-    random = np.random.default_rng(0)
-    for count, tolerance in ((5, 0.04), (10, 0.03)):
-        covered = []
-        for trial in range(200):
-            seeds = random.normal(1, 2, (count, 1)) + random.normal(0, 2, (count, 3))
-            interval = two_level_interval(seeds.tolist(), trial)
-            covered.append(interval.low <= 1 <= interval.high)
-        assert np.mean(covered) == pytest.approx(0.95, abs=tolerance)
-
-
-def test_the_bootstrap_goes_by_data_seeds_and_not_by_how_many_classifiers_there_are():
-    alike = [[one] * 3 for one in (1.0, 2.0, 4.0, 5.0, 8.0)]
-    many = two_level_interval([one * 20 for one in alike])
-    few = two_level_interval(alike)
-    assert few.mean == many.mean == 4
-    assert (few.low, few.high) == pytest.approx((many.low, many.high), abs=0.3)
-    student = mean_interval([1, 2, 4, 5, 8])
-    assert few.high - few.low == pytest.approx(student.high - student.low, rel=0.25)
-    assert two_level_interval(alike) == few, "the same numbers every time"
-    assert np.isnan(two_level_interval([[1.0, 2.0]]).low)
+    assert math.isnan(way_of(BOB, by_arm(rows[:6]), "val_top1", range(10)).mean)
 
 
 # --- searches ----------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_data_settings_and_latency_are_those_of_the_run(project: Path) -> None:
     ]
     settings = dict(table("Method and settings"))
     assert list(settings) == ["`data`", "`caption`", "`finetune`", "`generate`", "`classify`"]
-    assert "images_per_class 100, guidance_scale 3.0" in settings["`generate`"]
+    assert "images_per_class 100, guidance_scale 2.0" in settings["`generate`"]
     onnx = read_json(layout.ONNX_METRICS)
     columns = ("p50_ms", "p95_ms", "p99_ms", "images_per_second")
     for row, size in zip(table("Latency"), ("1", "4"), strict=True):

@@ -192,7 +192,7 @@ def test_what_the_run_cache_has_is_restored(project):
     assert (states["generate"], work["generate"].items) == (RUNS, "0 reused, 4 new")
     assert ran(dvc(project, "repro", "classify")) == {"generate", "classify"}
 
-    set_params(project, {"generate": {"guidance_scale": 3.0}, "classify": {"seeds": [0, 1]}})
+    set_params(project, {"generate": {"guidance_scale": 2.0}, "classify": {"seeds": [0, 1]}})
     states, work = planned()
     assert states["generate"] == RESTORED and "generate" not in work
     # The images are in DVC's cache alone, and the classifiers of seed 0 were trained on them.
@@ -518,6 +518,8 @@ def test_what_half_the_images_lose_is_told_from_the_study(tmp_path, monkeypatch)
     stale = Row("images-50", ("", 13), "earlier", "", rows[2].metrics)
     rows += [stale, replace(rows[4], run=(rows[4].run[0], 13))]
     rows.append(Row("other", ("generate.images_per_class=100 data.shots=2", 11), "", "", {}))
+    unpaired = ("generate.images_per_class=200", 11)
+    rows.append(Row("images-200", unpaired, "earlier", "", rows[2].metrics | {"images": 1600.0}))
     Path("docs").mkdir()
     write_results(Path("docs/miniature-study.csv"), rows)
     for asked, whole in {1: 50, 60: 50, 80: 100, 5000: 100}.items():

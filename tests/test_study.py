@@ -10,14 +10,18 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
 import psutil
 import pytest
+from dvc_task.proc.manager import ProcessManager
+from dvc_task.proc.process import ProcessInfo
 from PIL import Image
 from scipy import stats
 
+from bench.arms_results import STUDY
 from bench.counted import made
 from bob.cache.items import TRIALS
 from bob.commands import study as studies
@@ -31,8 +35,10 @@ from bob.commands.study.statistics import (
     ratio_interval,
     smallest_visible,
 )
+from bob.dvc.experiments import Queue
 from bob.errors import BobError
 from bob.formats.files import write_jsonl
+from bob.formats.params import PARAMS, read_yaml
 from bob.formats.prompts import Context, Entry, read_bank
 from bob.formats.review import Verdict, decide
 from bob.miniature.world import BACKGROUNDS, POSES
@@ -44,8 +50,8 @@ title: A small study
 settings:
   bob: {seeds: [11, 12, 13]}
   none: {seeds: [11, 12, 13], params: {finetune.context: none, generate.context: none}}
-  weight: {seeds: [11, 12], params: {classify.real_weight: 0.1}}
-  twin: {seeds: [11], params: {classify.real_weight: 0.1}}
+  weight: {seeds: [11, 12], params: {classify.real_weight: 0.3}}
+  twin: {seeds: [11], params: {classify.real_weight: 0.3}}
 claims:
   - id: a
     title: BOB beats DataDream, and it does not leak
@@ -62,13 +68,13 @@ claims:
     title: No leak
     metric: leak
     rows: [{label: BOB, setting: bob}]
-    expect_zero: [BOB]
+    expect_zero: {BOB: 0.05}
     contact_sheets: [{label: DataDream, setting: none}, {label: BOB, setting: bob}]
   - id: f
     title: A curve
     metric: top1
     x: real weight
-    rows: [{label: 0.1, setting: weight}, {label: 0.5, setting: bob}]
+    rows: [{label: 0.3, setting: weight}, {label: 0.1, setting: bob}]
 figure:
   title: The figure
   metric: top1
@@ -190,12 +196,12 @@ def test_settings_of_the_same_params_are_run_once(project):
         ("title: A small study", "titel: A small study", "titel is not a known key; did you mean"),
         ("seeds: [11, 12, 13]}", "seeds: []}", "settings.bob.seeds is []; allowed: a list of at"),
         ("bob: {", "Bob!: {", "allowed: a name of small letters, digits and hyphens"),
-        ("classify.real_weight: 0.1", "classify.weight: 0.1", "did you mean classify.real_weight?"),
-        ("classify.real_weight: 0.1", "classify.real_weight: 2", "allowed: a number from 0 to 1"),
-        ("classify.real_weight: 0.1", "clasify.x: 2", "clasify is not a known key; did you mean"),
+        ("classify.real_weight: 0.3", "classify.weight: 0.1", "did you mean classify.real_weight?"),
+        ("classify.real_weight: 0.3", "classify.real_weight: 2", "allowed: a number from 0 to 1"),
+        ("classify.real_weight: 0.3", "clasify.x: 2", "clasify is not a known key; did you mean"),
         ("setting: none}", "setting: nothing}", "names the setting 'nothing'; there are bob, none"),
         ("{larger: BOB, smaller: D", "{larger: BOB, smaller: d", "no row 'dataDream'; its rows"),
-        ("expect_zero: [BOB]", "expect_zero: [Bob]", "claim e has no row 'Bob'; its rows are BOB"),
+        ("expect_zero: {BOB", "expect_zero: {Bob", "claim e has no row 'Bob'; its rows are BOB"),
         ("{label: 0.1,", "{label: low,", "is a curve over real weight: its labels have to be num"),
         (
             "rows: [{label: BOB, s",
@@ -217,10 +223,22 @@ def test_the_study_of_the_miniature_is_valid_and_its_claims_can_be_decided(monke
     monkeypatch.chdir(ROOT)
     study = plan.read_study(Path("experiments/miniature.yaml"))
     assert [claim.id for claim in study.claims][:6] == ["a", "b", "c", "c2", "d", "e"]
-    tuning = set(range(10))
     for setting in study.settings.values():
-        assert len(setting.seeds) >= 3
-        assert not tuning & set(setting.seeds)
+        assert setting.seeds == tuple(STUDY)
+
+
+def test_a_point_of_a_curve_that_is_the_default_is_labelled_with_it(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study, params = plan.read_study(Path("experiments/miniature.yaml")), read_yaml(PARAMS)
+    curves = [claim for claim in study.claims if claim.x]
+    assert len(curves) == 2
+    for claim in curves:
+        (key,) = {key for arm in claim.arms for key in arm.setting.overrides}
+        section, name = key.split(".")
+        told = {
+            float(a.label): a.setting.overrides.get(key, params[section][name]) for a in claim.arms
+        }
+        assert all(label == value for label, value in told.items())
 
 
 # --- what is run -----------------------------------------------------------------------------
@@ -259,7 +277,7 @@ def queued(monkeypatch, change=None, killed_after=None, **options):
         return []
 
     monkeypatch.setattr(queue, "run_all", run_all)
-    monkeypatch.setattr(queue, "contact_sheets", lambda names: [])
+    monkeypatch.setattr(queue, "contact_sheet", lambda name: None)
     with suppress(KeyboardInterrupt):
         studies.study(Path("small.yaml"), **options)
     assert TRIALS not in os.environ
@@ -279,7 +297,7 @@ def test_a_run_of_other_params_models_or_code_is_repeated_only_on_demand(
 ):
     assert len(queued(monkeypatch)) == 8
     text = (project / "params.yaml").read_text()
-    (project / "params.yaml").write_text(text.replace("guidance_scale: 3.0", "guidance_scale: 2.0"))
+    (project / "params.yaml").write_text(text.replace("guidance_scale: 2.0", "guidance_scale: 3.0"))
     capsys.readouterr()
     assert queued(monkeypatch) == []
     assert "8 of the measured runs are of other code, models or params" in capsys.readouterr().out
@@ -294,6 +312,79 @@ def test_a_run_of_other_params_models_or_code_is_repeated_only_on_demand(
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("repeats: 30", "repeats: 31"))
     assert queued(monkeypatch, again=True) == [], "no metric of the study depends on it"
+
+
+def test_what_was_measured_with_other_params_is_never_compared_with_what_was_with_these(
+    project, monkeypatch
+):
+    assert len(queued(monkeypatch)) == 8
+    (small().plots / "bob-11.jpg").write_bytes(b"of then")
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("guidance_scale: 2.0", "guidance_scale: 3.0"))
+    studies.study(Path("small.yaml"), page_only=True)
+    assert "8 of 8 runs are measured" in page_text() and "bob-11.jpg" in page_text()
+    assert len(queued(monkeypatch, only=["none"], again=True)) == 3
+    text = page_text()
+    assert "3 of 8 runs are measured" in text and "bob-11.jpg" not in text
+    assert "5 more were measured with other models or params" in text
+    assert verdicts(read_results(small().results)) == ["not measured yet"] * 3
+
+
+def test_of_the_contexts_only_a_file_that_is_named_decides(project):
+    def inputs():
+        plan._content.cache_clear()
+        return {run.setting.name: run.inputs for run in small().runs()}
+
+    contexts = project / "data/contexts"
+    contexts.mkdir(parents=True, exist_ok=True)
+    (contexts / "mine.jsonl").write_text("")
+    before = inputs()
+    (contexts / "other.jsonl").write_text("")
+    assert inputs() == before
+    text = SMALL.replace("generate.context: none", "generate.context: data/contexts/mine.jsonl")
+    (project / "small.yaml").write_text(text)
+    before = inputs()
+    (contexts / "mine.jsonl").write_text("another")
+    assert {name for name, now in inputs().items() if now != before[name]} == {"none"}
+
+
+def test_runs_with_another_number_of_threads_are_not_mixed(project, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert len(queued(monkeypatch, only=["none"])) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with pytest.raises(BobError, match=r"measured up to now had 1 threads each .* 2 now"):
+        queued(monkeypatch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert len(queued(monkeypatch)) == 5
+
+
+def test_params_that_git_does_not_have_are_refused(project, monkeypatch):
+    git(project, "init", "--quiet")
+    git(project, "add", "bob", "dvc.yaml", "params.yaml")
+    git(project, "commit", "--quiet", "--message", "first")
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("shots: 5", "shots: 10"))
+    with pytest.raises(BobError, match=r"params.yaml has changes that are not committed"):
+        queued(monkeypatch)
+    (project / "params.yaml").write_text(text)
+    assert len(queued(monkeypatch)) == 8
+
+
+def test_a_contact_sheet_is_taken_when_its_run_is_measured(project, monkeypatch):
+    def sheet(name):
+        assert not any(row.setting == "bob" for row in read_results(small().results))
+        return Image.new("RGB", (8, 8)) if name.startswith("study-bob-11") else None
+
+    def killed_then(runs, jobs, keep):
+        keep([(runs[0], measured(runs)[0].metrics)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(queue, "contact_sheet", sheet)
+    monkeypatch.setattr(queue, "run_all", killed_then)
+    with pytest.raises(KeyboardInterrupt):
+        studies.study(Path("small.yaml"))
+    assert Image.open(small().plots / "bob-11.jpg").format == "JPEG"
+    assert [row.run[1] for row in read_results(small().results)] == [11]
 
 
 # --- after a change of code ------------------------------------------------------------------
@@ -434,7 +525,7 @@ def test_a_later_change_of_code_needs_another_sample(changed, monkeypatch):
 
 def test_a_sample_says_nothing_of_other_params_and_all_can_be_repeated(changed, monkeypatch):
     text = (changed / "params.yaml").read_text()
-    (changed / "params.yaml").write_text(text.replace("real_weight: 0.5", "real_weight: 0.6"))
+    (changed / "params.yaml").write_text(text.replace("real_weight: 0.1", "real_weight: 0.2"))
     repeated = queued(monkeypatch, again=True, sample=1)
     assert len(repeated) == 1 + 6
     assert {name for name, _ in repeated[:1]} == {"weight"}, "whose real_weight is its own"
@@ -476,6 +567,24 @@ def test_strict_runs_wait_for_workers_of_another_environment():
     finally:
         strict.kill()
         strict.wait()
+
+
+def test_a_process_that_has_the_number_of_a_dead_one_is_not_killed(tmp_path):
+    stranger = psutil.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    manager = ProcessManager(str(tmp_path))
+    (tmp_path / "rev").mkdir()
+    manager["rev"] = ProcessInfo(stranger.pid, None, None, None, None)
+    dvcs = Queue.__new__(Queue)  # without a repository
+    dvcs._queue = MagicMock(proc=manager)
+    dvcs._queue.iter_active.return_value = [SimpleNamespace(name="study-bob-11", stash_rev="rev")]
+    dvcs._queue.kill = lambda names, force: manager.kill("rev")
+    try:
+        with pytest.raises(ProcessLookupError):
+            dvcs.kill(["study-bob-11"])
+        assert stranger.is_running() and manager["rev"].returncode == -1
+    finally:
+        stranger.kill()
+        stranger.wait()
 
 
 def test_each_earlier_code_has_a_run_in_the_sample(changed, monkeypatch):
@@ -529,7 +638,7 @@ def test_results_from_before_there_were_samples_are_read(project):
 
 def test_a_failed_run_is_named_after_the_page_is_written(project, monkeypatch):
     monkeypatch.setattr(queue, "run_all", lambda runs, jobs, keep: [runs[0].name])
-    monkeypatch.setattr(queue, "contact_sheets", lambda names: [])
+    monkeypatch.setattr(queue, "contact_sheet", lambda name: None)
     with pytest.raises(
         BobError, match=r"1 runs failed: study-bob-11-.*dvc queue logs study-bob-11"
     ):
@@ -592,6 +701,9 @@ def test_a_claim_does_not_hold_where_the_interval_reaches_zero(project):
     assert verdicts(rows)[0] == "does not hold"
     leaking = [Row(r.setting, r.run, r.code, r.inputs, r.metrics | {"leak": 0.4}) for r in rows]
     assert verdicts(leaking)[1] == "does not hold"
+    noise = [replace(row, metrics=row.metrics | {"leak": 0.2 * (row.run[1] - 12)}) for row in rows]
+    assert verdicts(noise)[1] == "does not hold", "not seeing is not showing that there is none"
+    assert "| BOB | 0.050 | no |" in page_text()
 
 
 def test_what_is_not_measured_is_said_and_never_judged(project):
@@ -661,7 +773,7 @@ RUN = """
 title: A small study
 settings:
   bob: {seeds: [11]}
-  guided: {seeds: [11], params: {generate.guidance_scale: 3.0}}
+  guided: {seeds: [11], params: {generate.guidance_scale: 2.0}}
   drawn: {seeds: [11], drawn: true}
 claims:
   - id: g

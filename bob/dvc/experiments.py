@@ -51,8 +51,16 @@ class Queue(OnRepository):
             self._queue.remove(list(names))
 
     def kill(self, names: Sequence[str]) -> None:
-        """End running tasks at once."""
+        """End running tasks at once.
+
+        DVC keeps the number of a task's process, and would kill whatever has that number now.
+        """
         with translated():
+            for entry in self._queue.iter_active():
+                process = self._queue.proc.get(entry.stash_rev)
+                if entry.name in names and process and not _runs_experiment(process.pid):
+                    process.returncode = -1  # as DVC notes of one that is gone
+                    self._queue.proc[entry.stash_rev] = process
             self._queue.kill(list(names), force=True)
 
     def start_workers(self, count: int) -> None:
@@ -74,6 +82,13 @@ class Queue(OnRepository):
             if "queue-worker" in command and any(word.startswith(name) for word in command):
                 workers.append(process)
         return workers
+
+
+def _runs_experiment(pid: int) -> bool:
+    try:
+        return "exec-run" in psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
 
 
 def finished() -> dict[str, str]:

@@ -16,7 +16,7 @@ from bob.commands.study.plan import Run, Study, read_study
 from bob.commands.study.results import Row, read_results, write_results
 from bob.errors import BobError
 from bob.formats.files import replacing_file
-from bob.formats.params import PIPELINE
+from bob.formats.params import PARAMS, PIPELINE
 
 
 def study(
@@ -45,7 +45,6 @@ def study(
         runs = plan.runs()
         part = plan.part(only).runs() if only else runs
         failed = _Campaign(plan, runs, jobs).run(part, again, sample)
-        _take_contact_sheets(plan, runs)
     click.echo(f"\n{page.write(plan, read_results(plan.results))}\n")
     click.echo(f"study: {plan.page} is written")
     if failed:
@@ -75,7 +74,10 @@ class _Campaign:
                 f"study: {len(outdated)} of the measured runs are of other code, models or params; "
                 "--again repeats them, or a sample where only the code is other"
             )
-        wanted = [*missing, *(outdated if again else [])]
+        # In the file's order, so that what a claim compares is measured side by side.
+        wanted = [
+            run for run in runs if run.key not in rows or (again and not rows[run.key].is_of(run))
+        ]
         absent = sorted({path for run in wanted for path in run.absent})
         if absent:
             raise BobError(
@@ -83,6 +85,11 @@ class _Campaign:
                 "published photos, `dvc pull` what is tracked, and --only leaves out the settings "
                 "that need them"
             )
+        if wanted:
+            self._check_params()
+            if missing and not again:
+                held = [rows[run.key] for run in runs if run.key in rows]
+                self._check_threads(held, "the runs measured up to now")
         if not again or size == 0:
             return self._measure(wanted)
         failed = self._repeat_sample(runs, size)
@@ -95,6 +102,25 @@ class _Campaign:
             ]
         )
 
+    def _check_params(self) -> None:
+        """Raises BobError where `params.yaml` is not what git has."""
+        if samples.is_changed(PARAMS):
+            raise BobError(
+                f"{PARAMS} has changes that are not committed; commit them, or restore the file: a "
+                "study that was killed while it filled the queue can leave it as one of its runs "
+                "wanted it (`git stash list` then has what else was not committed)"
+            )
+
+    def _check_threads(self, rows: Iterable[Row], what: str) -> None:
+        """Raises BobError where these had another number of threads each than runs have now."""
+        others = {row.threads for row in rows} - {"", self._threads}
+        if others:
+            raise BobError(
+                f"{what} had {' or '.join(sorted(others))} threads each and would have "
+                f"{self._threads} now, which changes the last digits; set OMP_NUM_THREADS or "
+                "--jobs as they were, or repeat all runs with --again --sample 0"
+            )
+
     def _repeat_sample(self, runs: Sequence[Run], size: int) -> list[str]:
         """Repeat a sample of the runs of other code, and where it differs the others too."""
         rows = self._rows
@@ -104,13 +130,7 @@ class _Campaign:
                 f"bob/ or {PIPELINE} has changes that are not committed, and a sample confirms "
                 "runs for a commit; commit them, or repeat all runs with --sample 0"
             )
-        others = {rows[run.key].threads for run in chosen} - {"", self._threads}
-        if others:
-            raise BobError(
-                f"the runs to repeat had {' or '.join(sorted(others))} threads each and would have "
-                f"{self._threads} now, which changes the last digits; set OMP_NUM_THREADS or "
-                "--jobs as they were, or repeat all runs with --sample 0"
-            )
+        self._check_threads((rows[run.key] for run in chosen), "the runs to repeat")
         failed = self._measure_strictly(chosen, in_sample=True)
         confirmed = samples.confirm(runs, rows, chosen, self._commit)
         if confirmed:
@@ -139,39 +159,36 @@ class _Campaign:
 
         def keep(measured: Iterable[tuple[Run, dict[str, float]]]) -> None:
             for run, metrics in measured:
+                self._take_contact_sheet(run)
                 row = Row.of(run, metrics, self._commit, self._threads)
                 self._keep(row.repeating(self._rows[run.key]) if in_sample else row)
                 left.remove(run.key)
                 name = run.setting.name
                 click.echo(f"study: {name}, data seed {run.data_seed} measured; {len(left)} to go")
 
-        failed = queue.run_all([run for run in runs if not run.setting.drawn], self._jobs, keep)
-        for run in runs:
-            if run.setting.drawn:
-                keep([(run, dict(queue.numbers(drawn.measure(run.values))))])
-        return failed
+        with queue.environment(self._jobs):
+            # First what runs here, from the code and the models as they are now.
+            for run in runs:
+                if run.setting.drawn:
+                    keep([(run, dict(queue.numbers(drawn.measure(run.values))))])
+            return queue.run_all([run for run in runs if not run.setting.drawn], self._jobs, keep)
+
+    def _take_contact_sheet(self, run: Run) -> None:
+        """Put the contact sheet of a run that was done here beside the plots, if the page wants it.
+
+        As JPEG, a sixth of the size: git keeps every version.
+        """
+        files = [one.file for one in self._plan.sheets if one.setting.key(one.data_seed) == run.key]
+        if files and (sheet := queue.contact_sheet(run.name)):
+            self._plan.plots.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                with replacing_file(self._plan.plots / file) as draft:
+                    sheet.save(draft, "JPEG", quality=85)
 
     def _keep(self, *rows: Row) -> None:
         """Take the rows in, in the place of those of the same runs, and write all down."""
         self._rows |= {row.run: row for row in rows}
         write_results(self._plan.results, _ordered(self._rows.values(), self._everything))
-
-
-def _take_contact_sheets(plan: Study, runs: Iterable[Run]) -> None:
-    """Put the contact sheets of those `runs` that were done here beside the plots of the page."""
-    if not plan.sheets:
-        return
-    names = {run.key: (run.name, replace(run, strict=True).name) for run in runs}
-    files = {
-        name: sheet.file
-        for sheet in plan.sheets
-        for name in names[sheet.setting.key(sheet.data_seed)]
-    }
-    plan.plots.mkdir(parents=True, exist_ok=True)
-    for name, sheet in queue.contact_sheets(files):
-        with replacing_file(plan.plots / files[name]) as draft:
-            # As JPEG, a sixth of the size: git keeps every version.
-            sheet.save(draft, "JPEG", quality=85)
 
 
 def _ordered(rows: Iterable[Row], runs: Sequence[Run]) -> list[Row]:

@@ -1,7 +1,7 @@
 """Caption banks of the miniature's shots with the true contexts, and with some of them wrong.
 
-`python -m bob.commands.study.banks 11 12 13` writes them for these data seeds. They stand for a
-captioner that never errs and for one that errs often, and reach the pipeline as a user's own
+`python -m bob.commands.study.banks 16 17 18 19 20` writes them for these data seeds. They stand for
+a captioner that never errs and for one that errs often, and reach the pipeline as a user's own
 corrected bank does, through `caption.bank`.
 """
 

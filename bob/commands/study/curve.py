@@ -39,13 +39,15 @@ def half_as_many(per_class: int, results: Path = RESULTS) -> Half | None:
     for (_, seed), row in (told | plain).items():
         key = seed, row.confirmed or row.code  # rows of other code are no pair
         curve.setdefault(round(row.metrics["images"] / classes), {})[key] = row.metrics[METRIC]
-    halved = [whole for whole in curve if whole % 2 == 0 and whole // 2 in curve]
+    halved = [
+        whole
+        for whole in curve
+        if whole % 2 == 0 and curve[whole].keys() & curve.get(whole // 2, {}).keys()
+    ]
     if not halved or per_class < 1:
         return None
     whole = min(halved, key=lambda images: abs(math.log(images / per_class)))
     more, fewer = curve[whole], curve[whole // 2]
     pairs = sorted(more.keys() & fewer.keys())
-    if not pairs:
-        return None
     gain = paired_interval([fewer[pair] for pair in pairs], [more[pair] for pair in pairs])
     return Half(whole, whole // 2, gain)

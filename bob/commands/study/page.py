@@ -19,6 +19,7 @@ from bob.commands.study.plan import (
     Figure,
     Line,
     Published,
+    Run,
     Study,
     common_seeds,
 )
@@ -48,10 +49,13 @@ def write(study: Study, rows: Sequence[Row]) -> str:
     """Write the page and its plots; returns what of it answers the study's question in short.
 
     That is the tables beside the paper's, what was measured with other code, models or params
-    than now, and what became of each claim. What is not measured yet is said to be so. Contact
-    sheets are kept: results have no pictures.
+    than now, and what became of each claim. What is not measured yet is said to be so. Rows of
+    other models or params are shown only where there are no others: the two are never compared.
+    Contact sheets are kept: results have no pictures.
     """
-    results = {row.run: row for row in rows}
+    everything = {row.run: row for row in rows}
+    runs = study.runs()
+    results = _of_one_kind(runs, everything)
     tables = [Table.of(claim, results) for claim in study.claims]
     with replacing(study.plots) as folder:
         for table in tables:
@@ -60,11 +64,15 @@ def write(study: Study, rows: Sequence[Row]) -> str:
         pictured = study.figure is not None and _is_measured(study.figure, results)
         if study.figure and pictured:
             _save(_picture(study.figure, results), folder / "figure.png")
-        sheets = [sheet.file for sheet in study.sheets if (study.plots / sheet.file).exists()]
+        sheets = [
+            sheet.file
+            for sheet in study.sheets
+            if sheet.setting.key(sheet.data_seed) in results and (study.plots / sheet.file).exists()
+        ]
         for file in sheets:
             shutil.copyfile(study.plots / file, folder / file)
-    state = _state(study, results)
-    parts = [f"# {study.title}", study.about.strip(), _provenance(study, results), *state]
+    state = _state(runs, everything, results)
+    parts = [f"# {study.title}", study.about.strip(), _provenance(study, runs, results), *state]
     if pictured:
         parts.append(f"![{study.figure.title}]({study.plots.name}/figure.png)")  # type: ignore[union-attr]
     published = [_published(table, results) for table in study.tables]
@@ -105,10 +113,10 @@ class Table:
         """Of the rows `larger` and `smaller`, paired by data seed."""
         return paired_interval(self.values[named["larger"]], self.values[named["smaller"]])
 
-    def compared(self, named: Mapping[str, str]) -> tuple["Measure", "Measure"]:
-        """What the rows `larger` and `smaller` show."""
+    def compared(self, named: Mapping[str, str]) -> "Compared":
+        """What the rows `larger` and `smaller` show, and under which data seeds."""
         shown = {arm.label: (arm.setting.name, arm.metric) for arm in self.claim.arms}
-        return shown[named["larger"]], shown[named["smaller"]]
+        return shown[named["larger"]], shown[named["smaller"]], tuple(self.seeds)
 
     def paired(self, named: Mapping[str, str]) -> list[float]:
         """The difference under each of `seeds`."""
@@ -123,8 +131,25 @@ class Table:
         if not claim.expect and not claim.expect_zero:
             return SHOWN
         above = all(self.difference(named).low > 0 for named in claim.expect)
-        zero = all(mean_interval(self.values[label]).low <= 0 for label in claim.expect_zero)
-        return HOLDS if above and zero else FAILS
+        return HOLDS if above and all(map(self.is_zero, claim.expect_zero)) else FAILS
+
+    def is_zero(self, label: str) -> bool:
+        """Whether a row that must be is no more than noise."""
+        interval = mean_interval(self.values[label])
+        return interval.low <= 0 and interval.high < self.claim.expect_zero[label]
+
+
+def _of_one_kind(runs: Sequence[Run], rows: Results) -> Results:
+    """The rows with the models, params and photos of now; where there is none, all.
+
+    Where models or photos are not here, nobody can tell.
+    """
+    now = {
+        run.key: rows[run.key]
+        for run in runs
+        if run.key in rows and (run.absent or rows[run.key].inputs == run.inputs)
+    }
+    return now or rows
 
 
 def _values(arms: Sequence[Arm], results: Results) -> tuple[list[int], dict[str, list[float]]]:
@@ -140,8 +165,7 @@ def _values(arms: Sequence[Arm], results: Results) -> tuple[list[int], dict[str,
 # --- text ----------------------------------------------------------------------------------------
 
 
-def _provenance(study: Study, results: Results) -> str:
-    runs = study.runs()
+def _provenance(study: Study, runs: Sequence[Run], results: Results) -> str:
     measured = [run for run in runs if run.key in results]
     lines = [
         f"{len(measured)} of {len(runs)} runs are measured. Written by `bob study {study.path}` "
@@ -155,8 +179,9 @@ def _provenance(study: Study, results: Results) -> str:
             "differences paired by data seed with theirs (Student's t). A claim holds where the "
             "interval of every difference that it names lies above zero, on all data seeds "
             "planned. *p, Holm* is the p-value of such a difference (two-sided), corrected for the "
-            "number of all of them; *visible* is the smallest true difference that as many data "
-            "seeds, with that spread, would show with 80 % power."
+            "number of all of them; it decides nothing here, and says which would hold if the "
+            "claims had to hold together. *Visible* is the smallest true difference that as many "
+            "data seeds, with that spread, would show with 80 % power."
         )
     if study.tables:
         lines.append(
@@ -173,11 +198,13 @@ def _provenance(study: Study, results: Results) -> str:
     return "\n\n".join(lines)
 
 
-def _state(study: Study, results: Results) -> list[str]:
-    """What of the rows was measured with other code, models or params, and what confirms it."""
-    runs = study.runs()
-    measured = [run for run in runs if run.key in results]
-    same = [run for run in measured if results[run.key].inputs == run.inputs]
+def _state(runs: Sequence[Run], everything: Results, results: Results) -> list[str]:
+    """What of the rows was measured with other code, models or params, and what confirms it.
+
+    `results` are those of `everything` that the page shows.
+    """
+    measured = [run for run in runs if run.key in everything]
+    same = [run for run in measured if everything[run.key].inputs == run.inputs]
     now = [results[run.key] for run in same if results[run.key].code == run.code]
     confirmed = [
         row
@@ -197,9 +224,13 @@ def _state(study: Study, results: Results) -> list[str]:
             f"are not confirmed for it; `--again` repeats {how}."
         )
     if count := len(measured) - len(same):
+        shown = any(run.key in results for run in measured if run not in same)
         lines.append(
             f"**{count} of these runs were measured with other models or params than the project "
             "has now**; `--again` repeats them."
+            if shown
+            else f"{count} more were measured with other models or params than the project has "
+            "now, and are left out here; `--again` repeats them."
         )
     return lines
 
@@ -276,8 +307,10 @@ def _summary(tables: Sequence[Table]) -> str:
 
 Measure = tuple[str, str]
 """A setting's name and a metric: what a row shows, whatever its label is."""
-Corrected = Mapping[tuple[Measure, Measure], float]
-"""The larger and the smaller of an expected difference -> p-value after Holm's correction."""
+Compared = tuple[Measure, Measure, tuple[int, ...]]
+"""The larger and the smaller of a difference, and the data seeds."""
+Corrected = Mapping[Compared, float]
+"""An expected difference -> its p-value after Holm's correction."""
 
 
 def _corrected(tables: Sequence[Table]) -> Corrected:
@@ -311,6 +344,8 @@ def _section(table: Table, plots: str, sheets: Collection[str], corrected: Corre
     )
     if claim.differences:
         parts.append(_differences(table, unit, corrected))
+    if claim.expect_zero:
+        parts.append(_zeros(table))
     if claim.share:
         of, start, end = (table.values[claim.share[key]] for key in ("of", "from", "to"))
         share = ratio_interval(*([a - b for a, b in zip(x, start, strict=True)] for x in (of, end)))
@@ -351,6 +386,17 @@ def _differences(table: Table, unit: str, corrected: Corrected) -> str:
             ]
             for number, named in enumerate(table.claim.differences)
             for interval in [table.difference(named)]
+        ],
+    )
+
+
+def _zeros(table: Table) -> str:
+    """Which rows have to be zero, what that means, and whether they are."""
+    return _markdown(
+        ["has to be zero", "its interval has to reach 0 and to lie below", "does it"],
+        [
+            [label, _number(bound), "yes" if table.is_zero(label) else "no"]
+            for label, bound in table.claim.expect_zero.items()
         ],
     )
 

@@ -104,8 +104,9 @@ class Claim:
     unit: str
     expect: tuple[Mapping[str, str], ...]
     """`{larger: A, smaller: B}`: the difference's interval must lie above zero."""
-    expect_zero: tuple[str, ...]
-    """Rows that must be no more than noise: the mean's interval must reach down to zero."""
+    expect_zero: Mapping[str, float]
+    """Row that must be no more than noise -> what its mean's interval must lie below, with zero in
+    it."""
     show: tuple[Mapping[str, str], ...]
     share: Mapping[str, str] | None
     """`{of: A, from: B, to: C}`: (A - B) / (C - B)."""
@@ -262,7 +263,7 @@ def _claim(path: Path, entry: Mapping[str, Any], settings: Mapping[str, Setting]
         entry.get("x"),
         entry.get("unit", ""),
         tuple(entry.get("expect", [])),
-        tuple(entry.get("expect_zero", [])),
+        entry.get("expect_zero", {}),
         tuple(entry.get("show", [])),
         entry.get("share"),
         _sheets(where, entry.get("contact_sheets", []), settings),
@@ -378,12 +379,13 @@ def fingerprints(
     made = {out for stage in needed.values() for out in stage["outs"]}
     brought = sorted(dep for dep in deps if not any(_lies_in(dep, out) for out in made))
     code = {dep: _code(dep) for dep in brought if dep.startswith("bob/")}
-    files = {dep: _content(dep) for dep in brought if not dep.startswith("bob/")}
-    files = {dep: content for dep, content in files.items() if content}
-    read = {key: _value(values, key) for stage in needed.values() for key in stage["params"]}
     contexts = (values["caption"]["bank"], values["generate"]["context"])
-    files_of_contexts = (name for name in contexts if name.startswith(f"{CONTEXTS}/"))
-    absent = (name for name in (*brought, *files_of_contexts) if not Path(name).exists())
+    named = [name for name in contexts if name.startswith(f"{CONTEXTS}/")]
+    # The stages depend on the whole folder of contexts, and read those files of it that are named.
+    others = [dep for dep in brought if not dep.startswith("bob/") and Path(dep) != CONTEXTS]
+    files = {dep: content for dep in (*others, *named) if (content := _content(dep))}
+    read = {key: _value(values, key) for stage in needed.values() for key in stage["params"]}
+    absent = (name for name in (*brought, *named) if not Path(name).exists())
     return _short(code), _short([read, files]), tuple(absent)
 
 

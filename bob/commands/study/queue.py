@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,10 @@ def run_all(runs: Sequence[Run], jobs: int, keep: Callable[[Measured], None]) ->
     Goes on where it was killed: an experiment that finished meanwhile is not run again, one that
     waits in the queue or is being run is not queued twice. Returns the names of those that failed.
 
-    Strict runs need `strict()` around the call, and none that is not strict among them.
+    Needs `environment()` around the call. Strict runs need `strict()` too, and none that is not
+    strict among them.
     """
     left = {run.name: run for run in runs}
-    _environment(jobs)
     try:
         keep(_finished(left))
         if not left:
@@ -62,10 +62,12 @@ def run_all(runs: Sequence[Run], jobs: int, keep: Callable[[Measured], None]) ->
         raise
 
 
-def _environment(jobs: int) -> None:
-    """For the workers, which inherit it: DVC starts `dvc` and `python` from the PATH."""
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    os.environ["OMP_NUM_THREADS"] = threads(jobs)
+def environment(jobs: int) -> AbstractContextManager[None]:
+    """Of what is run meanwhile, by workers too: DVC starts `dvc` and `python` from the PATH."""
+    return _environment(
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        OMP_NUM_THREADS=threads(jobs),
+    )
 
 
 def threads(jobs: int) -> str:
@@ -76,18 +78,23 @@ def threads(jobs: int) -> str:
     return os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
 
 
-@contextmanager
-def strict() -> Iterator[None]:
+def strict() -> AbstractContextManager[None]:
     """What is run meanwhile, by workers too, reuses no item that other code has made."""
-    before = os.environ.get(TRIALS)
-    os.environ[TRIALS] = STRICT
+    return _environment(**{TRIALS: STRICT})
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[TRIALS]
-        else:
-            os.environ[TRIALS] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _clear(queue: Queue, left: Mapping[str, Run]) -> None:
@@ -168,17 +175,15 @@ def _finished(left: dict[str, Run]) -> Measured:
         del left[name]
 
 
-def contact_sheets(names: Iterable[str]) -> Iterator[tuple[str, Image.Image]]:
-    """Those of the named experiments that were run here, with the first contact sheet of each.
+def contact_sheet(name: str) -> Image.Image | None:
+    """The first contact sheet of an experiment that was run here.
 
-    One whose sheet is no longer in DVC's cache is left out.
+    None where the sheet is no longer in DVC's cache.
     """
-    revisions = experiments.finished()
-    for name in names:
-        if name in revisions:
-            with suppress(FileNotFoundError):
-                sheet = io.BytesIO(experiments.read_bytes(SHEET, revisions[name]))
-                yield name, Image.open(sheet, formats=["PNG"])
+    with suppress(FileNotFoundError):
+        sheet = io.BytesIO(experiments.read_bytes(SHEET, experiments.finished()[name]))
+        return Image.open(sheet, formats=["PNG"])
+    return None
 
 
 def metrics(revision: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ import hashlib
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from bob.commands.study.plan import Run
 from bob.commands.study.results import Row
@@ -113,6 +114,11 @@ def commit_of_code() -> str:
     if commit and _git("status", "--porcelain", "--", "bob", PIPELINE.as_posix()):
         return commit + DIRTY
     return commit
+
+
+def is_changed(path: Path) -> bool:
+    """Whether a file that git has is another here than in the last commit."""
+    return bool(_git("diff", "--name-only", "HEAD", "--", path.as_posix()))
 
 
 def _git(*arguments: str) -> str:
