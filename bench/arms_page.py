@@ -231,7 +231,10 @@ def _difference(one: Comparison | None, p_values: Mapping[str, float] | None) ->
         str(len(one.differences)),
         _figure(smallest_visible(one.differences)),
     ]
-    return cells if p_values is None else [*cells, _figure(p_values[one.arm], 3)]
+    if p_values is None:
+        return cells
+    p = p_values[one.arm]
+    return [*cells, "< 0.001" if p < 0.001 else _figure(p, 3)]
 
 
 def _way(way: Interval) -> str:
