@@ -8,7 +8,6 @@ from statistics import fmean
 
 from bench.arms_results import (
     BOB,
-    JUDGED_BY,
     TUNING,
     VERDICT,
     Results,
@@ -44,7 +43,7 @@ DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against another, on the data seeds that both have, with all their classifier seeds."""
+    """An arm against another, on the data seeds that both have whole."""
 
     arm: str
     other: str
@@ -57,16 +56,9 @@ class Comparison:
         cls, arm: str, other: str, results: Results, metric: str, seeds: Iterable[int]
     ) -> "Comparison":
         """By a metric, on some data seeds."""
-        own, others = results[arm], results.get(other, {})
-        rows, differences = [], []
-        for seed in seeds:
-            a, b = own.get(seed, {}), others.get(seed, {})
-            if _is_whole(a) and _is_whole(b):
-                rows += [a[number] for number in JUDGED_BY]
-                differences.append(
-                    fmean(getattr(a[n], metric) - getattr(b[n], metric) for n in JUDGED_BY)
-                )
-        return cls(arm, other, rows, differences)
+        shared = _shared(results, arm, [other], seeds)
+        rows = [row for own, _ in shared for row in own]
+        return cls(arm, other, rows, paired(*_means(shared, metric)) if shared else [])
 
     @property
     def interval(self) -> Interval:
@@ -95,24 +87,37 @@ def way_of(
 
     Over the data seeds that all three have, whole; NaN where there is none.
     """
-    three = [results.get(one, {}) for one in (arm, *ends)]
-    own, floor, ceiling = (
-        [
-            fmean(getattr(one[seed][number], metric) for number in JUDGED_BY)
-            for seed in seeds
-            if all(_is_whole(other.get(seed, {})) for other in three)
-        ]
-        for one in three
-    )
-    if not own:
+    shared = _shared(results, arm, ends, seeds)
+    if not shared:
         return NONE
+    own, floor, ceiling = _means(shared, metric)
     way = ratio_interval(paired(own, floor), paired(ceiling, floor))
     return Interval(*(100 * end for end in way))
 
 
-def _is_whole(rows: Mapping[int, Row]) -> bool:
-    """Whether a data seed has all its classifier seeds."""
-    return set(JUDGED_BY) <= rows.keys()
+def _shared(
+    results: Results, arm: str, others: Sequence[str], seeds: Iterable[int]
+) -> list[list[list[Row]]]:
+    """For each data seed that an arm and all others have whole, the rows of each, in one order.
+
+    Whole is one with as many classifier seeds as the arm has under any, and the others have them
+    too.
+    """
+    own = results.get(arm, {})
+    most = max(map(len, own.values()), default=0)
+    shared = []
+    for seed in seeds:
+        numbers = sorted(own.get(seed, {}))
+        all_rows = [results.get(one, {}).get(seed, {}) for one in (arm, *others)]
+        if numbers and len(numbers) == most and all(rows.keys() >= {*numbers} for rows in all_rows):
+            shared.append([[rows[number] for number in numbers] for rows in all_rows])
+    return shared
+
+
+def _means(shared: Sequence[Sequence[Sequence[Row]]], metric: str) -> list[list[float]]:
+    """Of the arm and of each other, the mean under each data seed."""
+    means = [[fmean(getattr(row, metric) for row in rows) for rows in one] for one in shared]
+    return [list(one) for one in zip(*means, strict=True)]
 
 
 def page(rows: Sequence[Row], about: Mapping[str, str], code: Mapping[str, str]) -> str:
@@ -125,7 +130,7 @@ def page(rows: Sequence[Row], about: Mapping[str, str], code: Mapping[str, str])
         "validation of data seeds 0 to 4, so there it flatters itself. Arms that are told its "
         "settings stand against it too.",
         "Differences are paired by data seed and classifier seed; intervals (95 %) are Student's t "
-        "over data seeds, each the mean of three classifier seeds. *Visible* is the smallest true "
+        "over data seeds, each the mean of its classifier seeds. *Visible* is the smallest true "
         "difference that one such test, at 5 % and not corrected, would show with 80 % power. "
         f"*Way* is how much of the way from `{FLOOR}` to `{CEILING}` an arm goes, in percent, and "
         f"*at their best* that from `{BEST_FLOOR}` to `{BEST_CEILING}`; intervals by Fieller's "
@@ -136,8 +141,8 @@ def page(rows: Sequence[Row], about: Mapping[str, str], code: Mapping[str, str])
         "The 576 test photos, the 288 of validation, the noise of each image and the place in the "
         "bank of its context are the same under all of them, so no interval covers these.",
         "## Tuning, on validation",
-        f"Data seeds {TUNING[0]} to {TUNING[-1]}, those that have all three classifier seeds. Test "
-        "is not measured there. Nothing is corrected for how many arms there are.",
+        f"Data seeds {TUNING[0]} to {TUNING[-1]}, where they have all classifier seeds. Test is "
+        "not measured there. Nothing is corrected for how many arms there are.",
         _table([arm for arm in results if set(results[arm]) & set(TUNING)], results, about),
     ]
     judged = {arm: seeds for arm, seeds in results.items() if is_judged(seeds)}
