@@ -15,6 +15,7 @@ from bench.arms_results import (
     by_arm,
     is_judged,
 )
+from bob.commands.study.page import p_text
 from bob.commands.study.statistics import (
     Interval,
     holm,
@@ -238,8 +239,7 @@ def _difference(one: Comparison | None, p_values: Mapping[str, float] | None) ->
     ]
     if p_values is None:
         return cells
-    p = p_values[one.arm]
-    return [*cells, "< 0.001" if p < 0.001 else _figure(p, 3)]
+    return [*cells, p_text(p_values[one.arm])]
 
 
 def _way(way: Interval) -> str:

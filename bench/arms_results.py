@@ -119,9 +119,9 @@ def check_seeds(seeds: Sequence[int], allowed: range) -> None:
     purposes = {TUNING: "for tuning", STUDY: "the study's", VERDICT: "for verdicts (--verdict)"}
     for seed in seeds:
         if seed not in allowed:
-            whose = [purpose for own, purpose in purposes.items() if seed in own]
+            whose = next((told for own, told in purposes.items() if seed in own), "for nothing")
             raise BobError(
-                f"data seed {seed} is {(*whose, 'for nothing')[0]}; these are "
+                f"data seed {seed} is {whose}; these are "
                 f"{purposes[allowed]}: {allowed[0]} to {allowed[-1]}"
             )
 

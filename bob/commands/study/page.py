@@ -381,7 +381,7 @@ def _differences(table: Table, unit: str, corrected: Corrected) -> str:
                 _number(interval.mean),
                 _ends(interval),
                 ("yes" if interval.low > 0 else "no") if number < decisive else "not claimed",
-                _p(corrected[table.compared(named)]) if number < decisive else DASH,
+                p_text(corrected[table.compared(named)]) if number < decisive else DASH,
                 _visible(table.paired(named)),
             ]
             for number, named in enumerate(table.claim.differences)
@@ -401,8 +401,8 @@ def _zeros(table: Table) -> str:
     )
 
 
-def _p(value: float) -> str:
-    """As far as it matters on which side of 5 % it lies."""
+def p_text(value: float) -> str:
+    """A p-value as far as it matters on which side of 5 % it lies."""
     if math.isnan(value):
         return DASH
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
