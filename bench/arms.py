@@ -5,10 +5,11 @@
     python -m bench.arms --page
 
 What wins may become a parameter of bob; what loses stays here, with its figures in docs/log.md. An
-ARM is a name of `--list`, a pattern of names, or a search. Any arm can be told settings:
-`bob:classify.real_weight=0.3,generate.steps=10`, with what `params.yaml` knows and with augment,
-smoothing, solver, spacing, low and high. Missing rows are measured, data seed after data seed, each
-by all arms, and added to bench/results/arms.csv one by one: killed, the same command goes on.
+ARM is a name of `--list`, a pattern of names, or a search. Arms can be told settings, as in
+`bob:classify.real_weight=0.3,generate.steps=10` or `filter-*:smoothing=0.1`, with what
+`params.yaml` knows and with augment, smoothing, solver, spacing, low and high. Missing rows are
+measured, data seed after data seed, each by all arms, and added to bench/results/arms.csv one by
+one: killed, the same command goes on.
 
 Data seeds 0 to 9 are for tuning, where only validation is measured. `--verdict` measures arms, and
 BOB, on 21 to 30, and on test, once; several processes can have some of these seeds each.
@@ -226,10 +227,10 @@ def names_of(
     for one in asked or list(ARMS):
         if one in SEARCHES:
             names |= dict.fromkeys(SEARCHES[one].arms(by_arm(rows), seeds, classifiers))
-        elif found := fnmatch.filter(ARMS, one):
-            names |= dict.fromkeys(found)
         else:
-            names[arm_of(one).name] = None
+            base, colon, told = one.partition(":")
+            found = fnmatch.filter(ARMS, base) or [base]
+            names |= {arm_of(f"{name}{colon}{told}").name: None for name in found}
     return list(names)
 
 
@@ -378,7 +379,8 @@ def _main(
 ) -> None:
     if listed:
         named = {name: one.about for kind in (ARMS, SEARCHES) for name, one in kind.items()}
-        click.echo("\n".join(f"{name:<28}{about}" for name, about in named.items()))
+        width = max(map(len, named)) + 2
+        click.echo("\n".join(f"{name:<{width}}{about}" for name, about in named.items()))
         return
     if not page_only:
         until = time.monotonic() + 60 * minutes

@@ -321,6 +321,8 @@ def test_an_arm_is_told_settings_by_its_name(workspace):
     arm = arm_of("balanced:classify.real_weight=0.3,smoothing=0.1")
     assert arm.values["classify"]["real_weight"] == 0.3 and arm.options.smoothing == 0.1
     assert arm.make is arms_sets.balanced
+    drop = [f"filter-truth-{share}:smoothing=0.1" for share in (10, 20, 30)]
+    assert arms.names_of(["filter-truth-*:smoothing=0.1"], [], [0], [0]) == [BOB, *drop]
 
 
 @pytest.mark.parametrize(
