@@ -71,7 +71,7 @@ from bob.formats.presets import nearest
 from bob.models import finetuning, sampling, training
 
 DATADREAM = {"finetune.context": "none", "generate.context": "none"}
-BOBS = {"classify.real_weight": 0.5, "generate.guidance_scale": 3.0}
+BOBS = {"classify.real_weight": 0.5, "generate.guidance_scale": 3.0, "generate.steps": 20}
 """What all arms are told first, as `params.yaml` had it when the first of them were measured: so a
 default that moves makes no other arm of one that has rows."""
 

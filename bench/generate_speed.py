@@ -2,9 +2,9 @@
 
 The former is what the published scripts do: a `StableDiffusionPipeline` with the LoRA loaded beside
 its weights, one prompt a call, each image made a PNG file. Compared at equal steps and precision,
-and as both come: ours with 20 steps of DPM-Solver++, theirs with 50 of PNDM, the models' own. With
-as many prompts in each of its calls, the pipeline too is almost nothing but the UNet's products.
-No prompt is asked for twice, as with the paper's banks of contexts.
+and as both come: ours with as many steps of DPM-Solver++ as `params.yaml` has, theirs with 50 of
+PNDM, the models' own. With as many prompts in each of its calls, the pipeline too is almost nothing
+but the UNet's products. No prompt is asked for twice, as with the paper's banks of contexts.
 
 On the miniature and the CPU; `--sd15` builds Stable Diffusion v1.5 at 512 px with random weights,
 for a GPU. Exits with status 1 where it is less than EQUAL, BATCHED, DEFAULT or DEFAULT_BATCHED
@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.speed import build_sd15, reached, report, side, take_turns
+from bob.formats.params import PARAMS, read_yaml
 from bob.models import diffusion
 from bob.models.device import computing_device
 from bob.models.lora import add_lora, save_lora
@@ -133,7 +134,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="images")
     parser.add_argument("--batches", type=int, default=2, help="a turn")
     parser.add_argument("--calls", type=int, default=4, help="of one image, a turn")
-    parser.add_argument("--steps", type=int, default=20, help="of equal steps")
+    own = read_yaml(PARAMS)["generate"]["steps"]
+    parser.add_argument("--steps", type=int, default=own, help="ours, and of equal steps")
     parser.add_argument("--default-steps", type=int, default=50, help="of the plain pipeline")
     parser.add_argument("--compile", action="store_true", help="ours with generate.compile")
     parser.add_argument("--repeats", type=int, default=5)
