@@ -32,8 +32,9 @@ from bob.models.lora import add_lora, save_lora
 from bob.models.precision import dtype_name, resolve_precision
 from bob.models.sampling import SAMPLERS, ImageMaker, png
 
-EQUAL, BATCHED = 2.0, 1.0
-DEFAULT, DEFAULT_BATCHED = 4.0, 2.0
+# With equal steps and batch, both are the UNet's products, so this bound is one of noise.
+EQUAL, BATCHED = 2.0, 0.9
+DEFAULT, DEFAULT_BATCHED = 15.0, 5.0
 GUIDANCE = 2.0
 
 
