@@ -98,7 +98,7 @@ def reached(what: str, ours: Side, theirs: Side, bound: float) -> bool:
     """Print the ratio of two sides' rates; whether it is at least `bound`."""
     ratio = ours.rate / theirs.rate
     good = ratio >= bound
-    print(f"{'ok  ' if good else 'BAD '} {what}: {ratio:.2f} times as fast ({bound:g} wanted)")
+    print(f"{'ok  ' if good else 'BAD '} {what}: {ratio:.2f} times as fast ({bound:.3g} wanted)")
     return good
 
 
