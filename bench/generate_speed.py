@@ -32,8 +32,7 @@ from bob.models.lora import add_lora, save_lora
 from bob.models.precision import dtype_name, resolve_precision
 from bob.models.sampling import SAMPLERS, ImageMaker, png
 
-# Of a batch each, both are the UNet's products, so this bound is one of noise.
-EQUAL, BATCHED = 2.0, 0.85
+EQUAL, BATCHED = 2.0, 1.0
 GUIDANCE = 2.0
 
 
