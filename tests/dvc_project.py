@@ -7,8 +7,11 @@ with `real_python()`.
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from dvc.config import Config
@@ -51,6 +54,8 @@ def real_python():
     return Path(sys.executable).parent
 
 
+SECONDS_OF_A_QUEUE = 500
+
 python_folder = real_python  # conftest.py sets another
 
 
@@ -89,6 +94,44 @@ def link_as_here():
 
 def dvc(project, *arguments):
     return run(project, "python", "-m", "dvc", *arguments)
+
+
+def run_queue(project, jobs):
+    """`dvc exp run --run-all`, and again if DVC's workers die, as docs/experiments.md says."""
+    until = time.monotonic() + SECONDS_OF_A_QUEUE
+    while _outlives_its_workers(project, jobs, until):
+        pass
+
+
+def _outlives_its_workers(project, jobs, until):
+    """Whether `--run-all` was left waiting for workers that had died."""
+    for record in _of_workers(project, "json"):
+        record.unlink()
+    died = False
+    with subprocess.Popen(
+        ["python", "-m", "dvc", "exp", "run", "--run-all", "--jobs", str(jobs)],
+        cwd=project,
+        env=environment(project),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as running:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                output, _ = running.communicate(timeout=5)
+                break
+            records = [one.read_text() for one in _of_workers(project, "json")]
+            died = bool(records) and all(re.search(r'"returncode": -?\d', one) for one in records)
+            if died or time.monotonic() > until:
+                running.send_signal(signal.SIGINT)
+    told = "\n".join([output, *(one.read_text() for one in _of_workers(project, "out"))])
+    assert running.returncode == 0, told
+    assert time.monotonic() < until, f"the queue stands still\n{told}"
+    return died
+
+
+def _of_workers(project, suffix):
+    return list((project / ".dvc/tmp/exps/celery").glob(f"dvc-exp-worker-*.{suffix}"))
 
 
 def ran(output):

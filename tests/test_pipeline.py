@@ -17,7 +17,16 @@ from bob.dvc.forecast import UP_TO_DATE, Forecast
 from bob.dvc.pipeline import Pipeline
 from bob.formats.layout import ITEMS
 from tests.conftest import ROOT
-from tests.dvc_project import dvc, make_project, ran, read_params, restored, run, set_params
+from tests.dvc_project import (
+    dvc,
+    make_project,
+    ran,
+    read_params,
+    restored,
+    run,
+    run_queue,
+    set_params,
+)
 
 AFTER_GENERATE = {
     *("generate", "audit", "classify", "evaluate", "export", "benchmark", "card", "report"),
@@ -331,7 +340,7 @@ def test_two_datasets_run_side_by_side_from_the_queue(project):
 
     sweep = ("-S", "data.name=mine,miniature", "-S", "finetune.context=none")
     dvc(project, "exp", "run", "--queue", *sweep)
-    dvc(project, "exp", "run", "--run-all", "--jobs", "2")
+    run_queue(project, jobs=2)
     accuracies = {}
     for commit in json.loads(dvc(project, "exp", "show", "--json")):
         for experiment in commit["experiments"] or []:
