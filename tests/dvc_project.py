@@ -54,7 +54,7 @@ def real_python():
     return Path(sys.executable).parent
 
 
-SECONDS_OF_A_QUEUE = 500
+SECONDS_OF_A_QUEUE = 400  # less than pytest-timeout has, so that it says why
 
 python_folder = real_python  # conftest.py sets another
 
