@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from dvc.config import Config
@@ -116,14 +115,18 @@ def _outlives_its_workers(project, jobs, until):
         stderr=subprocess.STDOUT,
         text=True,
     ) as running:
-        while True:
-            with suppress(subprocess.TimeoutExpired):
+        output = None
+        while output is None:
+            try:
                 output, _ = running.communicate(timeout=5)
-                break
-            records = [one.read_text() for one in _of_workers(project, "json")]
-            died = bool(records) and all(re.search(r'"returncode": -?\d', one) for one in records)
-            if died or time.monotonic() > until:
-                running.send_signal(signal.SIGINT)
+            except subprocess.TimeoutExpired:
+                records = [one.read_text() for one in _of_workers(project, "json")]
+                died = bool(records) and all(
+                    re.search(r'"returncode": -?\d', one) for one in records
+                )
+                if died or time.monotonic() > until:
+                    running.send_signal(signal.SIGINT)
+                    output, _ = running.communicate()
     told = "\n".join([output, *(one.read_text() for one in _of_workers(project, "out"))])
     assert running.returncode == 0, told
     assert time.monotonic() < until, f"the queue stands still\n{told}"
