@@ -222,7 +222,7 @@ def test_a_mistake_in_a_study_is_told_in_one_line(project, old, new, message):
 def test_the_study_of_the_miniature_is_valid_and_its_claims_can_be_decided(monkeypatch):
     monkeypatch.chdir(ROOT)
     study = plan.read_study(Path("experiments/miniature.yaml"))
-    assert [claim.id for claim in study.claims][:6] == ["a", "b", "c", "c2", "c3", "d"]
+    assert [claim.id for claim in study.claims][:7] == ["a", "b", "c", "c2", "c3", "d", "e"]
     for setting in study.settings.values():
         assert setting.seeds == tuple(STUDY)
 
