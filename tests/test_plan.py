@@ -236,7 +236,7 @@ def test_other_parameters_are_planned_without_writing_them(project):
     # On another GPU it would be made in another precision.
     (project / "params.yaml").write_bytes(before)
     set_params(project, {"generate": {"precision": "bf16", "images_per_class": 5}})
-    assert " 0 reused, 10 new " in command("--gpu", "t4", "-S", "generate.precision=fp32")[1]
+    assert " 0 reused, 10 new " in command("--gpu", "t4", "-S", "generate.precision=fp16")[1]
     (project / "params.yaml").write_bytes(before)
     shutil.copytree(project / "models/miniature-backbone", project / "models/other")
     try:

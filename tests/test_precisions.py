@@ -113,6 +113,12 @@ def test_each_file_is_as_much_smaller_as_its_weights(project: Path) -> None:
         assert share * 0.9 < ratio < share * 1.25, precision
 
 
+def can_overflow() -> bool:
+    """Whether int8 is added in 16 bits here, as on x86 without VNNI: see docs/precisions.md."""
+    can = torch.cpu.get_capabilities()
+    return can["architecture"] == "x86_64" and not (can["avx512_vnni"] or can["avx_vnni"])
+
+
 def test_a_transformer_has_its_linear_layers_in_int8_and_all_else_in_float(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=3).eval()
@@ -127,7 +133,7 @@ def test_a_transformer_has_its_linear_layers_in_int8_and_all_else_in_float(tmp_p
         assert check.survived, check.reason
         expected = logits_of(source, images)
         distance = np.sqrt(np.mean((logits_of(target, images) - expected) ** 2)) / expected.std()
-        assert distance < 0.1
+        assert distance < (0.4 if can_overflow() else 0.1)
     graph = onnx.load(target).graph
     quantized = {
         node.output[0]: node.op_type for node in graph.node if node.op_type == "DequantizeLinear"
